@@ -1,0 +1,1317 @@
+# cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+# The checks are off because the hot functions touch only C arrays whose bounds they keep themselves, and lists whose
+# index comes from their own length; `make bench` is the measure. Nothing here releases the GIL: a relay is one thread.
+"""Connections, rooms and the relay between them: the one module that a message passes at run time.
+
+Data layout first, hot loop last. A `Connection` is at once the picows listener of a WebSocket and the transport that
+picows writes to, so *every* byte to a peer goes through its one output buffer. A `Room` maps peer ids to `Member`s; the
+`Relay` owns the rooms, the list of connections with something to send, and the timer wheel.
+
+It must not know: what a join means, who may do what (`hub` decides), how a socket is accepted (`connection`), processes.
+It reaches them through the callables and the `edge` object given at start.
+
+Invariants
+- Appending to a buffer never sends more than that buffer, never closes a connection and never changes a room: a fan-out
+  may iterate over a room while it appends. What must be closed is noted (`_doom`) and closed at the end of the turn.
+- A connection that is not OPEN is a member of no room.
+- `fd` is -1 before the transport that owns it can close it: a number that was reused is another peer's socket.
+- An envelope that a peer sees is written from validated values; payload bytes are copied unread.
+
+Read next: `hub` for the rare messages, `connection` for how a connection begins and ends.
+"""
+
+cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc cimport errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memmove
+from picows.picows cimport WSFrame, WSListener, WSMsgType, WSTransport
+
+import os
+
+import picows
+
+from .errors import CloseCode, InvariantError
+
+if not (2, 3, 1) <= tuple(int(part) for part in picows.__version__.split(".")[:3]) < (2, 4):
+    # `cimport picows` froze the layout of its objects into this module (ARCHITECTURE §6): a mixed install corrupts memory.
+    raise ImportError(f"fastsig needs picows >= 2.3.1, < 2.4, found {picows.__version__}: pip install 'picows>=2.3.1,<2.4'")
+
+
+cdef extern from "_scan.h" nogil:
+    ctypedef struct fs_text:
+        const char *p
+        uint32_t n
+    enum:
+        FS_OK
+        FS_BAD_UTF8
+        FS_BAD_JSON
+        FS_BAD_MESSAGE
+        FS_TOO_LARGE
+    ctypedef struct fs_envelope:
+        fs_text type
+        fs_text room
+        fs_text sender
+        fs_text id
+        fs_text payload
+        fs_text recipient[32]
+        uint32_t recipients
+        uint32_t recipient_is_list
+    int fs_scan(const char *message, size_t n, fs_envelope *out)
+    size_t fs_escape(char *out, const char *p, size_t n)
+
+cdef extern from * nogil:
+    """
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
+    #include <stdint.h>
+    #include <string.h>
+    #include <sys/socket.h>
+    #ifndef FASTSIG_DEBUG
+    #define FASTSIG_DEBUG 0
+    #endif
+
+    /* SipHash-1-3 (Aumasson, Bernstein): keyed, so that nobody can choose names that share a bucket. */
+    #define FS_ROTL(x, b) (((x) << (b)) | ((x) >> (64 - (b))))
+    #define FS_ROUND(a, b, c, d) \\
+        do { a += b; b = FS_ROTL(b, 13) ^ a; a = FS_ROTL(a, 32); c += d; d = FS_ROTL(d, 16) ^ c; \\
+             a += d; d = FS_ROTL(d, 21) ^ a; c += b; b = FS_ROTL(b, 17) ^ c; c = FS_ROTL(c, 32); } while (0)
+    static uint64_t fs_hash(const uint64_t *key, const char *p, size_t n)
+    {
+        uint64_t a = key[0] ^ 0x736f6d6570736575ull, b = key[1] ^ 0x646f72616e646f6dull;
+        uint64_t c = key[0] ^ 0x6c7967656e657261ull, d = key[1] ^ 0x7465646279746573ull, w, last = (uint64_t)n << 56;
+        for (; n >= 8; p += 8, n -= 8) { memcpy(&w, p, 8); d ^= w; FS_ROUND(a, b, c, d); a ^= w; }
+        w = 0; memcpy(&w, p, n); last |= w;
+        d ^= last; FS_ROUND(a, b, c, d); a ^= last;
+        c ^= 0xff; FS_ROUND(a, b, c, d); FS_ROUND(a, b, c, d); FS_ROUND(a, b, c, d);
+        return a ^ b ^ c ^ d;
+    }
+    /* milliseconds since the last byte arrived, -1 where the kernel does not say */
+    static long fs_silent_ms(int fd)
+    {
+        struct tcp_info info; socklen_t n = sizeof info;
+        memset(&info, 0, sizeof info);
+        return fd < 0 || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) ? -1 : (long)info.tcpi_last_data_recv;
+    }
+    """
+    const int FASTSIG_DEBUG
+    const int MSG_NOSIGNAL
+    const int MSG_DONTWAIT
+    ssize_t send(int fd, const void *p, size_t n, int flags)
+    uint64_t fs_hash(const uint64_t *key, const char *p, size_t n)
+    long fs_silent_ms(int fd)
+
+
+cdef enum State:
+    HANDSHAKE  # HTTP; not a WebSocket yet
+    OPEN
+    CLOSING    # a close frame is the last thing in the buffer
+    LINGERING  # it is sent; what the peer still sends is thrown away until it closes
+    CLOSED     # the transport was told to close, or is gone
+
+cdef enum:
+    CHUNK = 4096            # an output buffer starts as one of these, from the relay's pool
+    POOLED_CHUNKS = 1024
+    FLUSH_ABOVE = 65536     # a buffer longer than this does not wait for the end of the turn
+    FLUSHES_PER_TURN = 1024  # then other peers' input gets its chance
+    OVERDRAFT = 33554432    # bytes of one worker above the limits for slow readers
+    MAX_FRAGMENTS = 4096    # per message: empty fragments would cost CPU for ever
+    ROOMY_HEADER = 10       # the longest header of a frame that a server sends (RFC 6455 §5.2)
+    WHEEL = 256             # slots; a deadline further away than a turn of the wheel is put back when it comes up
+    TICKS_PER_S = 4
+    ESCAPED_ID = 6 * 64 + 2
+
+cdef double OVER_S = 1.0     # see Connection._overdraw
+cdef double LINGER_S = 2.0   # PROTOCOL §3.5
+cdef double PROBE_S = 5.0    # PROTOCOL §3.2, the same id twice
+cdef double PROBE_AGAIN_S = 30.0
+cdef bytes NULL_JSON = b"null"
+cdef tuple VERDICTS = ("ok", "bad_utf8", "bad_json", "bad_message", "too_large")
+
+
+# --------------------------------------------------------------------------------------------- names and tables
+
+cdef uint64_t HASH_KEY[2]
+cdef bytes _key = os.urandom(16)
+memcpy(HASH_KEY, PyBytes_AS_STRING(_key), 16)
+
+
+cdef class Named:
+    """Something that is looked up by its UTF-8 name: a room, or a member of one."""
+
+    cdef bytes raw          # the name in UTF-8
+    cdef bytes json         # the same as a JSON string with its quotes, ready for an envelope
+    cdef uint64_t hash
+
+    @property
+    def name(self):
+        """The name as text."""
+        return self.raw.decode()
+
+
+cdef void name_it(Named item, bytes raw, bytes json):
+    item.raw = raw
+    item.json = json
+    item.hash = fs_hash(HASH_KEY, PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
+
+
+cdef bytes json_string(bytes raw):
+    cdef Py_ssize_t n = PyBytes_GET_SIZE(raw)
+    cdef bytes out = PyBytes_FromStringAndSize(NULL, 6 * n + 2)
+    return out[:fs_escape(PyBytes_AS_STRING(out), PyBytes_AS_STRING(raw), n)]
+
+
+cdef struct Slot:
+    uint64_t hash
+    PyObject *item   # an owned reference to a Named, or NULL
+
+
+cdef class Table:
+    """Open addressing with linear probing, power-of-two size, at most half full; removal shifts back (no tombstones)."""
+
+    cdef Slot *slots
+    cdef size_t mask
+    cdef size_t used
+
+    def __cinit__(self):
+        self.slots = <Slot *>calloc(4, sizeof(Slot))
+        if self.slots == NULL:
+            raise MemoryError
+        self.mask = 3
+
+    def __dealloc__(self):
+        cdef size_t i
+        if self.slots != NULL:
+            for i in range(self.mask + 1):
+                if self.slots[i].item != NULL:
+                    Py_DECREF(<object>self.slots[i].item)
+            free(self.slots)
+
+    cdef Named find(self, uint64_t hash, const char *p, size_t n):
+        cdef size_t i = hash & self.mask
+        cdef Named item
+        while self.slots[i].item != NULL:
+            if self.slots[i].hash == hash:
+                item = <Named>self.slots[i].item
+                if <size_t>PyBytes_GET_SIZE(item.raw) == n and memcmp(PyBytes_AS_STRING(item.raw), p, n) == 0:
+                    return item
+            i = (i + 1) & self.mask
+        return None
+
+    cdef int put(self, Named item) except -1:
+        """The caller has made sure that the name is not in the table."""
+        if 2 * (self.used + 1) > self.mask + 1:
+            self._resize(2 * (self.mask + 1))
+        Py_INCREF(item)
+        self._place(item.hash, <PyObject *>item)
+        self.used += 1
+        return 0
+
+    cdef int remove(self, Named item) except -1:
+        cdef size_t i = item.hash & self.mask, hole, home
+        while self.slots[i].item != <PyObject *>item:
+            if self.slots[i].item == NULL:
+                raise InvariantError("a name is not in the table that it is removed from")
+            i = (i + 1) & self.mask
+        hole = i
+        while True:
+            i = (i + 1) & self.mask
+            if self.slots[i].item == NULL:
+                break
+            home = self.slots[i].hash & self.mask
+            if ((i - home) & self.mask) >= ((i - hole) & self.mask):
+                self.slots[hole] = self.slots[i]
+                hole = i
+        self.slots[hole].item = NULL
+        self.used -= 1
+        Py_DECREF(item)
+        if self.mask > 63 and 8 * self.used < self.mask:
+            self._resize((self.mask + 1) // 2)
+        return 0
+
+    cdef void _place(self, uint64_t hash, PyObject *item) noexcept:
+        cdef size_t i = hash & self.mask
+        while self.slots[i].item != NULL:
+            i = (i + 1) & self.mask
+        self.slots[i].hash = hash
+        self.slots[i].item = item
+
+    cdef int _resize(self, size_t size) except -1:
+        cdef Slot *old = self.slots
+        cdef size_t i, n = self.mask + 1
+        cdef Slot *new = <Slot *>calloc(size, sizeof(Slot))
+        if new == NULL:
+            raise MemoryError
+        self.slots = new
+        self.mask = size - 1
+        for i in range(n):
+            if old[i].item != NULL:
+                self._place(old[i].hash, old[i].item)
+        free(old)
+        return 0
+
+
+cdef class Member(Named):
+    """One peer in one room. `name` is its peer id; the connection is where it is reached."""
+
+    cdef readonly Room room
+    cdef readonly Connection connection
+    cdef readonly uint64_t n         # PROTOCOL §3.2, "Who offers"
+    cdef public bytes meta           # JSON text as the peer sent it
+    cdef Py_ssize_t index            # in room.order
+
+
+cdef class Room(Named):
+    """The members of one room. Made with its first member, gone with its last."""
+
+    cdef Table table
+    cdef list order                  # of Member, in no particular order: removal swaps the last one in
+    cdef public object max_peers     # int or None, from the join that made the room
+
+    def __len__(self):
+        return PyList_GET_SIZE(self.order)
+
+    @property
+    def members(self):
+        """All members, oldest first."""
+        return sorted(self.order, key=_ordinal)
+
+    def find(self, str peer not None):
+        """The member with this id, or None."""
+        cdef bytes raw = peer.encode()
+        return self.lookup(PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
+
+    cdef Member lookup(self, const char *p, size_t n):
+        return <Member>self.table.find(fs_hash(HASH_KEY, p, n), p, n)
+
+
+def _ordinal(Member member):
+    return member.n
+
+
+cdef class Message:
+    """A scanned message that is not simply relayed, for `hub`: every value is validated, `payload` is JSON text."""
+
+    cdef readonly str type
+    cdef readonly str room
+    cdef readonly str sender
+    cdef readonly list recipients
+    cdef readonly bytes payload
+    cdef readonly str id
+
+
+cdef str text_of(fs_text t):
+    return None if t.p == NULL else t.p[:t.n].decode()
+
+
+cdef list recipients_of(fs_envelope *envelope):
+    cdef uint32_t i
+    return [text_of(envelope.recipient[i]) for i in range(envelope.recipients)] if envelope.recipients else None
+
+
+cdef Message message_of(fs_envelope *envelope):
+    cdef Message message = Message.__new__(Message)
+    message.type = text_of(envelope.type)
+    message.room = text_of(envelope.room)
+    message.sender = text_of(envelope.sender)
+    message.recipients = recipients_of(envelope)
+    message.payload = None if envelope.payload.p == NULL else envelope.payload.p[:envelope.payload.n]
+    message.id = text_of(envelope.id)
+    return message
+
+
+def scan(bytes data not None):
+    """The verdict of the envelope scanner on one message, and what it found: the door for its tests and fuzzers."""
+    cdef fs_envelope envelope
+    verdict = VERDICTS[fs_scan(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), &envelope)]
+    if verdict in ("bad_utf8", "bad_json"):
+        return verdict, {}
+    if verdict != "ok":
+        return verdict, {"room": text_of(envelope.room), "id": text_of(envelope.id)}
+    message = message_of(&envelope)
+    return verdict, {
+        "type": message.type, "room": message.room, "sender": message.sender, "id": message.id,
+        "payload": message.payload, "recipients": message.recipients, "recipient_is_list": bool(envelope.recipient_is_list),
+    }
+
+
+# --------------------------------------------------------------------------------------------- frames
+
+cdef inline size_t header_size(size_t n) noexcept:
+    return 2 if n < 126 else 4 if n < 65536 else 10
+
+
+cdef inline char *put_header(char *p, int opcode, size_t n) noexcept:
+    """The header of an unmasked, unfragmented frame (RFC 6455 §5.2); returns where the payload goes."""
+    cdef int shift
+    p[0] = <char>(0x80 | opcode)
+    if n < 126:
+        p[1] = <char>n
+        return p + 2
+    if n < 65536:
+        p[1] = 126
+        p[2] = <char>(n >> 8)
+        p[3] = <char>n
+        return p + 4
+    p[1] = 127
+    for shift in range(8):
+        p[2 + shift] = <char>(<uint64_t>n >> (56 - 8 * shift))
+    return p + 10
+
+
+cdef inline char *put(char *p, const char *text, size_t n) noexcept:
+    memcpy(p, text, n)
+    return p + n
+
+
+cdef inline char *put_bytes(char *p, bytes text) noexcept:
+    return put(p, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+
+
+cdef inline bint is_valid_close_code(int code) noexcept:
+    # RFC 6455 §7.4; 1004 to 1006 and 1015 never travel, 1016 to 2999 are not assigned.
+    return 1000 <= code <= 1003 or 1007 <= code <= 1014 or 3000 <= code <= 4999
+
+
+class _Socket:
+    """What picows asks of a socket when a connection is made: options that uvloop or the kernel default has set already."""
+
+    def fileno(self):
+        return -1
+
+    def setsockopt(self, *args):
+        pass
+
+    def getsockopt(self, *args):
+        return 0
+
+
+cdef object SOCKET = _Socket()
+
+
+# --------------------------------------------------------------------------------------------- connections
+
+cdef class Connection(WSListener):
+    """One WebSocket, from its acceptance to its end.
+
+    `transport` is what the edge closes in the end. One without a socket of its own is written to by its `send(bytes) -> int`,
+    which says how many bytes it took and raises BlockingIOError for none. `context` is the hub's.
+    """
+
+    cdef readonly Relay relay
+    cdef readonly object transport
+    cdef object sink
+    cdef public object context
+    cdef bytes raw                    # peer id, None until a hello or join succeeded
+    cdef bytes json
+    cdef list members                 # of Member: the rooms this connection is in
+    cdef public bint wants_ack        # cap `ack`
+    # output
+    cdef char *out
+    cdef size_t out_from, out_to, out_size
+    cdef size_t overdraft             # bytes above the limit for slow readers
+    cdef double over_since            # 0: not above it
+    cdef size_t try_above             # blocked: ask the kernel again when this much waits
+    cdef bint is_dirty, is_blocked, is_doomed, drops_when_sent
+    cdef int fd
+    # input
+    cdef State state
+    cdef bint is_heard                # something arrived since the last ping
+    cdef char *parts                  # an open fragmented message
+    cdef size_t parts_used, parts_size
+    cdef uint32_t parts_count         # 0: none is open
+    # time (monotonic seconds)
+    cdef double deadline              # when the wheel brings this connection up
+    cdef double ping_at, join_by, probe_by, probed_at
+    cdef uint32_t pings_unanswered
+    cdef PyObject *before             # neighbours in a slot of the wheel (borrowed)
+    cdef PyObject *after
+    cdef int slot                     # -1: not in the wheel
+
+    def __cinit__(self, Relay relay not None):
+        self.relay = relay
+        self.members = []
+        self.fd = -1
+        self.slot = -1
+        self.state = HANDSHAKE
+        self.probed_at = -1e9
+
+    def __dealloc__(self):
+        self._unlink()
+        free(self.out)
+        free(self.parts)
+
+    # ---- life
+
+    def attach(self, transport):
+        """The connection was accepted: from here to `lost` it is in the wheel."""
+        socket = transport.get_extra_info("socket")
+        self.transport = transport
+        if socket is None:
+            self.sink = transport
+        else:
+            self.fd = socket.fileno()
+        self._arm(self.relay.clock() + self.relay.handshake_s)
+
+    def open(self):
+        """The handshake is answered: frames are messages from now on."""
+        cdef double now = self.relay.clock()
+        self.state = OPEN
+        self.ping_at = now + self.relay.ping_s if self.relay.ping_s else 1e300
+        self.join_by = now + self.relay.first_message_s if self.relay.first_message_s else 1e300
+        self.probe_by = 1e300
+        self._arm(min(self.ping_at, self.join_by))
+
+    def settle(self):
+        """A hello or join succeeded: the connection may stay."""
+        self.join_by = 1e300
+
+    def identify(self, str peer not None):
+        """Fix the peer id, once."""
+        self.raw = peer.encode()
+        self.json = json_string(self.raw)
+
+    def probe(self):
+        """Somebody wants this peer's id: is it alive? No byte within 5 s closes 4002. At most once in 30 s."""
+        cdef double now = self.relay.clock()
+        if self.state != OPEN or now < self.probed_at + PROBE_AGAIN_S:
+            return
+        self.probed_at = now
+        self.probe_by = now + PROBE_S
+        self.is_heard = False
+        self._frame(WSMsgType.PING, NULL, 0)
+        self._arm(min(self.probe_by, self.ping_at, self.join_by))
+
+    def lost(self):
+        """The transport is gone (any way it went): tell the others, forget everything. May be called twice."""
+        self.fd = -1
+        if self.state != CLOSED:
+            self._depart("lost")
+            self.state = CLOSED
+        self._release()
+
+    cdef int _depart(self, str reason) except -1:
+        """Out of all rooms, before anything else can be sent there."""
+        if self.members:
+            self.relay.on_departed(self, reason)
+            if FASTSIG_DEBUG and self.members:
+                raise InvariantError("a departed connection is still a member of a room")
+        return 0
+
+    cdef int _release(self) except -1:
+        self._unlink()
+        if self.is_blocked:
+            self.is_blocked = False
+            self.relay.edge.unblock(self)
+        self._overdraw(0)
+        self.relay._recycle(self)
+        free(self.parts)
+        self.parts = NULL
+        self.parts_count = self.parts_size = self.parts_used = 0
+        self.transport = None
+        self.sink = None
+        self.context = None
+        return 0
+
+    cdef int _drop(self) except -1:
+        """Close the transport now; `lost` follows from it."""
+        transport = self.transport
+        if self.state == OPEN:
+            self._depart("lost")
+        self.state = CLOSED
+        self.fd = -1
+        self._release()
+        if transport is not None:
+            self.relay.edge.drop(transport)
+        return 0
+
+    @property
+    def is_open(self):
+        return self.state == OPEN
+
+    @property
+    def is_shaking(self):
+        return self.state == HANDSHAKE
+
+    @property
+    def peer(self):
+        """The peer id, None before a hello or join succeeded."""
+        return None if self.raw is None else self.raw.decode()
+
+    @property
+    def rooms(self):
+        """The memberships of this connection, a copy."""
+        return list(self.members)
+
+    @property
+    def waiting_bytes(self):
+        """Bytes that are written and not yet with the kernel."""
+        return self.out_to - self.out_from
+
+    # ---- the transport that picows sees
+
+    def get_write_buffer_size(self):
+        return 1  # never 0: picows would write to the socket itself, around our buffer
+
+    def get_extra_info(self, str name, default=None):
+        return SOCKET if name == "socket" else default
+
+    def write(self, data):
+        """picows writes twice: the answer to the upgrade that was replayed for it (ours is sent already), and the close
+        frame after input that it cannot parse."""
+        if self.state == OPEN:
+            frame = bytes(data)
+            self.fail(int.from_bytes(frame[2:4], "big") if len(frame) >= 4 and frame[0] == 0x88 else 1002)
+
+    def close(self):
+        """picows wants the connection gone 10 ms after its close frame: it is on its way out."""
+
+    def abort(self):
+        pass
+
+    # ---- output
+
+    def send(self, bytes text not None):
+        """Append one text message. Sent at the end of the loop turn."""
+        self._frame(WSMsgType.TEXT, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+
+    def send_raw(self, bytes data not None):
+        """Append bytes as they are: the HTTP answer."""
+        put_bytes(self._reserve(PyBytes_GET_SIZE(data)), data)
+        self._commit(PyBytes_GET_SIZE(data))
+
+    def send_last(self, bytes data not None):
+        """Append an HTTP answer after which nothing follows; the connection ends when it is sent."""
+        self.send_raw(data)
+        self.state = CLOSING
+        self._arm(self.relay.clock() + LINGER_S)
+
+    def send_close(self, int code, str left="closed"):
+        """Begin the close: leave all rooms (the others hear the reason `left`), then the close frame, then silence."""
+        if self.state != OPEN:
+            return
+        self._depart(left)
+        self._close_frame(code)
+
+    cdef int fail(self, int code) except -1:
+        """The peer broke RFC 6455, or a limit that ends the connection."""
+        if self.state == OPEN:
+            self._depart("lost")
+            self._close_frame(code)
+        return 0
+
+    cdef int _close_frame(self, int code) except -1:
+        """code 0: an empty close frame."""
+        cdef char payload[2]
+        payload[0] = <char>(code >> 8)
+        payload[1] = <char>code
+        self.is_doomed = False  # what was noted as the reason is being done
+        self._frame(WSMsgType.CLOSE, payload, 2 if code else 0)
+        self.state = CLOSING
+        self._arm(self.relay.clock() + LINGER_S)
+        return 0
+
+    cdef int _frame(self, int opcode, const char *p, size_t n) except -1:
+        cdef char *at
+        if self.state == OPEN:
+            at = put_header(self._reserve(n + ROOMY_HEADER), opcode, n)
+            if n:
+                memcpy(at, p, n)
+            self._commit(header_size(n) + n)
+        return 0
+
+    cdef inline char *_reserve(self, size_t n) except NULL:
+        """Room for n bytes at the end of the buffer; valid until the next call."""
+        if self.out_to + n > self.out_size:
+            self._grow(n)
+        return self.out + self.out_to
+
+    cdef int _grow(self, size_t n) except -1:
+        cdef size_t used = self.out_to - self.out_from, size
+        cdef char *new
+        if self.out == NULL and n <= CHUNK:
+            self.out = self.relay._chunk()
+            self.out_size = CHUNK
+            return 0
+        if self.out_from > used and used + n <= self.out_size:  # moves less than it gains
+            memmove(self.out, self.out + self.out_from, used)
+            self.out_from = 0
+            self.out_to = used
+            return 0
+        size = self.out_size or CHUNK
+        while size < self.out_to + n:
+            size *= 2
+        new = <char *>realloc(self.out, size)
+        if new == NULL:
+            raise MemoryError
+        self.out = new
+        self.out_size = size
+        return 0
+
+    cdef inline int _commit(self, size_t n) except -1:
+        """n bytes were written at the place `_reserve` gave. Nobody else is touched (a fan-out may be running)."""
+        if self.is_doomed:
+            return 0
+        self.out_to += n
+        if self.is_blocked:
+            if self.out_to - self.out_from > self.try_above:
+                self._flush()
+        else:
+            if not self.is_dirty:
+                self.relay._mark(self)
+            if self.out_to - self.out_from > FLUSH_ABOVE:
+                self._flush()
+        return 0
+
+    cdef int _flush(self) except -1:
+        """Give the kernel what waits. What it refuses counts against the limit for slow readers."""
+        cdef ssize_t sent
+        while self.out_from < self.out_to:
+            sent = self._send(self.out + self.out_from, self.out_to - self.out_from)
+            if sent < 0:
+                if errno.errno == errno.EINTR:
+                    continue
+                if errno.errno == errno.EAGAIN:
+                    return self._refused()
+                self.relay._doom(self, 0)
+                return 0
+            self.out_from += sent
+        self.out_from = self.out_to = 0
+        if self.overdraft:
+            self._overdraw(0)
+        return 0
+
+    cdef ssize_t _send(self, const char *p, size_t n) except? -2:
+        if self.fd >= 0:
+            return send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
+        if self.sink is None:
+            return n  # the transport is gone: so is everything that was for it
+        try:
+            return self.sink.send(p[:n])
+        except BlockingIOError:
+            errno.errno = errno.EAGAIN
+            return -1
+
+    cdef int _refused(self) except -1:
+        cdef size_t waiting = self.out_to - self.out_from
+        cdef size_t limit = self.relay.output_bytes
+        self.try_above = min(waiting + FLUSH_ABOVE, limit) if waiting < limit else waiting + FLUSH_ABOVE
+        self._overdraw(waiting - limit if waiting > limit else 0)
+        if not self.is_blocked:
+            self.is_blocked = True
+            self.relay.edge.block(self)
+        return 0
+
+    cdef int _overdraw(self, size_t over) except -1:
+        """`over` bytes above the limit for slow readers are with us.
+
+        A burst is not a slow reader: 300 peers that each send 16 offers to one that reads queue 12 MB within one turn, and
+        the kernel takes 3 of them before the reader has had any time at all. So a connection may stay above the limit for
+        `OVER_S`, as long as all of this worker together stay below `OVERDRAFT`; what goes beyond either is closed 4003."""
+        self.relay.overdraft += over - self.overdraft
+        self.overdraft = over
+        if not over:
+            self.over_since = 0
+        elif self.state == OPEN:
+            if not self.over_since:
+                self.over_since = self.relay.clock()
+                self.relay.overdrawn.add(self)
+            if self.relay.overdraft > OVERDRAFT:
+                self.relay._doom(self, 4003)
+        return 0
+
+    def writable(self):
+        """The kernel takes bytes again (called by the edge)."""
+        if not self.is_blocked:
+            return
+        self._flush()
+        self._flushed()
+        self.relay.flush_soon()
+
+    cdef int _flushed(self) except -1:
+        """After a flush at a place where connections may be closed."""
+        if self.out_from < self.out_to:
+            return 0
+        if self.is_blocked:
+            self.is_blocked = False
+            self.relay.edge.unblock(self)
+        if self.state == CLOSING:
+            if self.drops_when_sent:
+                self._drop()
+            else:
+                self.state = LINGERING
+                self.relay.edge.linger(self)
+        if not self.is_dirty:
+            self.relay._recycle(self)
+        return 0
+
+    # ---- time
+
+    cdef int _arm(self, double deadline) except -1:
+        """Bring me up at `deadline`, not before; a connection has one place in the wheel."""
+        self.deadline = deadline
+        self.relay._turn_to(self, deadline)
+        return 0
+
+    cdef void _unlink(self) noexcept:
+        if self.slot >= 0:
+            if self.before != NULL:
+                (<Connection>self.before).after = self.after
+            else:
+                self.relay.wheel[self.slot] = self.after
+            if self.after != NULL:
+                (<Connection>self.after).before = self.before
+            self.before = self.after = NULL
+            self.slot = -1
+            self.relay.connections -= 1
+
+    cdef int _expire(self, double now) except -1:
+        if self.state != OPEN:
+            return self._drop()
+        if self.is_blocked:  # in case the edge found no descriptor to watch it with
+            self._flush()
+            self._flushed()
+        if now >= self.probe_by:
+            if not self._is_alive(PROBE_S):
+                return self.fail(4002)
+            self.probe_by = 1e300
+        if now >= self.join_by:
+            return self.fail(4007)
+        if now >= self.ping_at:
+            if self.is_heard:
+                self.pings_unanswered = 0
+            if self.pings_unanswered == 2:
+                if not self._is_alive(2 * self.relay.ping_s):
+                    return self.fail(4002)
+                self.pings_unanswered = 0
+            self.is_heard = False
+            self.pings_unanswered += 1
+            self._frame(WSMsgType.PING, NULL, 0)
+            self.ping_at = now + self.relay.ping_s
+        return self._arm(min(self.ping_at, self.join_by, self.probe_by))
+
+    cdef bint _is_alive(self, double within_s) noexcept:
+        """Any byte is life, also one of a frame that is not whole yet: those only the kernel has counted."""
+        cdef long silent = fs_silent_ms(self.fd)
+        return self.is_heard or 0 <= silent < 1000 * within_s
+
+    # ---- input (called by picows)
+
+    cpdef on_ws_connected(self, WSTransport transport):
+        transport.request = None   # a KiB per idle connection
+        transport.response = None
+
+    cpdef on_ws_disconnected(self, WSTransport transport):
+        self.lost()
+
+    cpdef pause_writing(self):
+        pass  # nothing is ever written to the real transport but through its socket
+
+    cpdef resume_writing(self):
+        pass
+
+    cpdef on_ws_frame(self, WSTransport transport, WSFrame frame):
+        """One frame, borrowed for this call. Catches everything: no input ends more than its sender's connection."""
+        if self.state != OPEN:
+            return
+        self.is_heard = True
+        try:
+            if frame.msg_type == WSMsgType.TEXT and frame.fin and not (
+                    self.parts_count or frame.rsv1 or frame.rsv2 or frame.rsv3):
+                self.relay.receive(self, frame.payload_ptr, frame.payload_size)
+            else:
+                self._other_frame(frame)
+        except Exception:
+            self.relay.on_bug(self)
+            self.fail(1011)
+
+    cdef int _other_frame(self, WSFrame frame) except -1:
+        if frame.rsv1 or frame.rsv2 or frame.rsv3:
+            return self.fail(1002)
+        if frame.msg_type == WSMsgType.PING:
+            return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
+        if frame.msg_type == WSMsgType.PONG:
+            return 0
+        if frame.msg_type == WSMsgType.CLOSE:
+            return self._peer_closed(frame)
+        if (frame.msg_type == WSMsgType.CONTINUATION) != (self.parts_count > 0):
+            return self.fail(1002)  # RFC 6455 §5.4
+        if frame.msg_type == WSMsgType.BINARY:
+            return self.fail(1003)
+        return self._fragment(frame)
+
+    cdef int _fragment(self, WSFrame frame) except -1:
+        cdef size_t total = self.parts_used + frame.payload_size
+        cdef char *new
+        self.parts_count += 1
+        if total > self.relay.message_bytes or self.parts_count > MAX_FRAGMENTS:
+            return self.fail(1009)
+        if total > self.parts_size:
+            new = <char *>realloc(self.parts, max(total, min(2 * self.parts_size, self.relay.message_bytes)))
+            if new == NULL:
+                raise MemoryError
+            self.parts = new
+            self.parts_size = max(total, min(2 * self.parts_size, self.relay.message_bytes))
+        if frame.payload_size:
+            memcpy(self.parts + self.parts_used, frame.payload_ptr, frame.payload_size)
+        self.parts_used = total
+        if not frame.fin:
+            return 0
+        new = self.parts
+        self.parts = NULL
+        self.parts_count = self.parts_size = self.parts_used = 0
+        try:
+            return self.relay.receive(self, new, total)
+        finally:
+            free(new)
+
+    cdef int _peer_closed(self, WSFrame frame) except -1:
+        """Answer with the same code (RFC 6455 §5.5.1). With nothing behind it, nothing is left to read either."""
+        cdef int code = 0
+        if frame.payload_size >= 2:
+            code = <uint8_t>frame.payload_ptr[0] << 8 | <uint8_t>frame.payload_ptr[1]
+            if not is_valid_close_code(code):
+                return self.fail(1002)
+        self.drops_when_sent = frame.tail_size == 0
+        self._depart("left" if code in (0, 1000) else "lost")
+        return self._close_frame(code)
+
+
+# --------------------------------------------------------------------------------------------- the relay
+
+cdef class Relay:
+    """All rooms and connections of one worker.
+
+    `hub` gives the callables: `receive(connection, message)` for what is not relayed, `refuse(connection, code, room, id,
+    recipients)`, `depart(connection, reason)` when a connection leaves all its rooms. `edge` gives `block(connection)` and
+    `unblock(connection)` (watch its socket for room), `linger(connection)` (its close frame is out), `drop(transport)`.
+    `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
+    """
+
+    cdef object call_soon, clock, edge
+    cdef object on_message, on_refused, on_departed, on_bug
+    cdef size_t message_bytes, output_bytes
+    cdef double handshake_s, first_message_s, ping_s
+    cdef Table table                # of Room
+    cdef PyObject **dirty           # owned references to connections with something to send: [dirty_from, dirty_to)
+    cdef size_t dirty_from, dirty_to, dirty_size
+    cdef bint is_scheduled
+    cdef list doomed                # (connection, close code or 0)
+    cdef set overdrawn              # connections above the limit for slow readers
+    cdef size_t overdraft           # the sum of theirs
+    cdef object flush_method        # bound once: call_soon would build one per turn
+    cdef char **pool
+    cdef size_t pooled
+    cdef char *scratch              # one frame under construction for many receivers
+    cdef size_t scratch_size
+    cdef PyObject *wheel[WHEEL]     # borrowed: a connection leaves its slot before it dies
+    cdef uint64_t ticked            # the last tick that was handled
+    cdef readonly size_t connections
+    cdef fs_envelope envelope       # of the message being received
+
+    def __cinit__(self):
+        self.table = Table()
+        self.doomed = []
+        self.overdrawn = set()
+        self.pool = <char **>malloc(POOLED_CHUNKS * sizeof(char *))
+        if self.pool == NULL:
+            raise MemoryError
+
+    def __init__(self, *, call_soon, clock, message_bytes, output_bytes, handshake_s, first_message_s, ping_s):
+        self.call_soon = call_soon
+        self.clock = clock
+        self.message_bytes = message_bytes
+        self.output_bytes = output_bytes or <size_t>-1
+        self.handshake_s = handshake_s or 1e300
+        self.first_message_s = first_message_s
+        self.ping_s = ping_s
+        self.flush_method = self.flush
+        self.ticked = <uint64_t>(clock() * TICKS_PER_S)
+
+    def bind(self, hub, edge):
+        """Who decides, and who holds the sockets. Once, before the first connection."""
+        self.on_message = hub.receive
+        self.on_refused = hub.refuse
+        self.on_departed = hub.depart
+        self.on_bug = hub.report_bug
+        self.edge = edge
+
+    def __dealloc__(self):
+        while self.pooled:
+            self.pooled -= 1
+            free(self.pool[self.pooled])
+        free(self.pool)
+        free(self.scratch)
+        while self.dirty_from < self.dirty_to:
+            Py_DECREF(<object>self.dirty[self.dirty_from])
+            self.dirty_from += 1
+        free(self.dirty)
+
+    # ---- rooms
+
+    @property
+    def room_count(self):
+        return self.table.used
+
+    def find_room(self, str name not None):
+        """The room, or None when nobody is in it."""
+        cdef bytes raw = name.encode()
+        return self.table.find(fs_hash(HASH_KEY, PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw)),
+                               PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
+
+    def add_member(self, str room_name not None, Connection connection not None, uint64_t n, bytes meta not None):
+        """Put the peer of `connection` into a room, which is made when it is the first. The caller has checked that no
+        other member has its id. Returns the Member."""
+        cdef Room room = self.find_room(room_name)
+        cdef Member member
+        if room is None:
+            room = Room.__new__(Room)
+            raw = room_name.encode()
+            name_it(room, raw, json_string(raw))
+            room.table = Table()
+            room.order = []
+            self.table.put(room)
+        member = Member.__new__(Member)
+        name_it(member, connection.raw, connection.json)
+        member.room = room
+        member.connection = connection
+        member.n = n
+        member.meta = NULL_JSON if meta == NULL_JSON else meta
+        member.index = PyList_GET_SIZE(room.order)
+        room.order.append(member)
+        room.table.put(member)
+        connection.members.append(member)
+        if FASTSIG_DEBUG:
+            self._check(room)
+        return member
+
+    def remove_member(self, Member member not None):
+        """Take a member out. The room is gone with its last one."""
+        cdef Room room = member.room
+        cdef Member last = room.order.pop()
+        if last is not member:
+            room.order[member.index] = last
+            last.index = member.index
+        room.table.remove(member)
+        member.connection.members.remove(member)
+        if not room.order:
+            self.table.remove(room)
+        if FASTSIG_DEBUG:
+            self._check(room)
+
+    cdef int _check(self, Room room) except -1:
+        cdef Member member
+        if room.table.used != <size_t>len(room.order):
+            raise InvariantError("a room's table and its list differ in length")
+        for index, member in enumerate(room.order):
+            if member.index != index or member.room is not room or room.table.find(
+                    member.hash, PyBytes_AS_STRING(member.raw), PyBytes_GET_SIZE(member.raw)) is not member:
+                raise InvariantError("a member is not where its room looks for it")
+        return 0
+
+    def publish(self, Room room not None, bytes text not None, Member but=None):
+        """One text message of the server to all members of a room, `but` one. Framed once."""
+        cdef size_t n = PyBytes_GET_SIZE(text)
+        put_bytes(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), text)
+        self._fan_out(room, but, header_size(n) + n)
+
+    # ---- time
+
+    def tick(self, double now):
+        """Bring up every connection whose deadline has come. Call about every quarter of a second."""
+        cdef uint64_t to = <uint64_t>(now * TICKS_PER_S)
+        cdef PyObject *head
+        cdef Connection connection
+        cdef list due
+        if to - self.ticked > WHEEL:
+            self.ticked = to - WHEEL
+        while self.ticked < to:
+            self.ticked += 1
+            due = []
+            head = self.wheel[self.ticked % WHEEL]
+            while head != NULL:
+                due.append(<Connection>head)
+                head = (<Connection>head).after
+            for connection in due:
+                if connection.slot < 0:
+                    continue  # dropped by the end of another one
+                if connection.deadline > now:
+                    self._turn_to(connection, connection.deadline)
+                else:
+                    connection._expire(now)
+        if self.overdrawn:
+            self._close_overdrawn(now)
+        self.flush_soon()
+
+    cdef int _close_overdrawn(self, double now) except -1:
+        cdef Connection connection
+        cdef set still = set()
+        for connection in self.overdrawn:
+            if connection.over_since and connection.state == OPEN:
+                if now - connection.over_since > OVER_S:
+                    self._doom(connection, 4003)
+                else:
+                    still.add(connection)
+        self.overdrawn = still
+        return 0
+
+    cdef int _turn_to(self, Connection connection, double deadline) except -1:
+        cdef uint64_t tick = self.ticked + WHEEL - 1
+        if deadline < <double>tick / TICKS_PER_S:
+            tick = max(<uint64_t>(deadline * TICKS_PER_S) + 1, self.ticked + 1)
+        connection._unlink()
+        connection.slot = tick % WHEEL
+        connection.after = self.wheel[connection.slot]
+        if connection.after != NULL:
+            (<Connection>connection.after).before = <PyObject *>connection
+        self.wheel[connection.slot] = <PyObject *>connection
+        self.connections += 1
+        return 0
+
+    def all_connections(self):
+        """Every connection of this worker, also those in the handshake or closing."""
+        cdef list found = []
+        cdef PyObject *head
+        for slot in range(WHEEL):
+            head = self.wheel[slot]
+            while head != NULL:
+                found.append(<Connection>head)
+                head = (<Connection>head).after
+        return found
+
+    # ---- output
+
+    cdef char *_chunk(self) except NULL:
+        cdef char *p
+        if self.pooled:
+            self.pooled -= 1
+            return self.pool[self.pooled]
+        p = <char *>malloc(CHUNK)
+        if p == NULL:
+            raise MemoryError
+        return p
+
+    cdef void _recycle(self, Connection connection) noexcept:
+        """An idle connection keeps no buffer."""
+        if connection.out_size == CHUNK and self.pooled < POOLED_CHUNKS:
+            self.pool[self.pooled] = connection.out
+            self.pooled += 1
+        else:
+            free(connection.out)
+        connection.out = NULL
+        connection.out_size = connection.out_from = connection.out_to = 0
+
+    cdef char *_scratch(self, size_t n) except NULL:
+        cdef char *new
+        if n > self.scratch_size:
+            new = <char *>realloc(self.scratch, 2 * n)
+            if new == NULL:
+                raise MemoryError
+            self.scratch = new
+            self.scratch_size = 2 * n
+        return self.scratch
+
+    cdef int _mark(self, Connection connection) except -1:
+        """To be flushed at the end of this loop turn."""
+        cdef PyObject **new
+        if self.dirty_to == self.dirty_size:
+            new = <PyObject **>realloc(self.dirty, (2 * self.dirty_size or 256) * sizeof(PyObject *))
+            if new == NULL:
+                raise MemoryError
+            self.dirty = new
+            self.dirty_size = 2 * self.dirty_size or 256
+        Py_INCREF(connection)
+        self.dirty[self.dirty_to] = <PyObject *>connection
+        self.dirty_to += 1
+        connection.is_dirty = True
+        self.flush_soon()
+        return 0
+
+    cdef int _doom(self, Connection connection, int code) except -1:
+        """Close it at the end of the turn, with a close code or (0) because its socket is broken."""
+        if not connection.is_doomed:
+            connection.is_doomed = True
+            self.doomed.append((connection, code))
+            self.flush_soon()
+        return 0
+
+    cpdef flush_soon(self):
+        """Have `flush` run at the end of this loop turn, if there is anything to do."""
+        if not self.is_scheduled and (self.dirty_from < self.dirty_to or self.doomed):
+            self.is_scheduled = True
+            self.call_soon(self.flush_method)
+
+    def flush(self):
+        """One send per connection that has something to say, then the closes that were noted on the way."""
+        cdef Connection connection
+        cdef int code
+        cdef size_t end = min(self.dirty_to, self.dirty_from + FLUSHES_PER_TURN)
+        self.is_scheduled = False
+        while self.dirty_from < end:
+            connection = <Connection>self.dirty[self.dirty_from]
+            Py_DECREF(connection)
+            self.dirty_from += 1
+            connection.is_dirty = False
+            if not connection.is_blocked:
+                connection._flush()
+                connection._flushed()
+        if self.dirty_from == self.dirty_to:
+            self.dirty_from = self.dirty_to = 0
+        while self.doomed:
+            connection, code = self.doomed.pop()
+            if code == 0:
+                connection._drop()
+            else:
+                connection.fail(code)
+        self.flush_soon()
+
+    # ---- input: the hot path
+
+    cdef int receive(self, Connection connection, const char *p, size_t n) except -1:
+        """One whole text message, borrowed for this call.
+
+        A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
+        cdef int verdict = fs_scan(p, n, &self.envelope)
+        if verdict == FS_OK:
+            if is_relayed(self.envelope.type.p, self.envelope.type.n):
+                return self._relay(connection)
+            self.on_message(connection, message_of(&self.envelope))
+            return 0
+        if verdict == FS_BAD_UTF8:
+            return connection.fail(1007)
+        if verdict == FS_BAD_JSON:
+            self.on_refused(connection, "bad_json", None, None, None)
+            return 0
+        return self._refuse(connection, "bad_message" if verdict == FS_BAD_MESSAGE else "too_large", None)
+
+    cdef int _refuse(self, Connection connection, str code, list recipients) except -1:
+        self.on_refused(connection, code, text_of(self.envelope.room), text_of(self.envelope.id), recipients)
+        return 0
+
+    cdef int _relay(self, Connection connection) except -1:
+        cdef fs_envelope *e = &self.envelope
+        cdef Member sender
+        cdef uint32_t delivered
+        cdef size_t n
+        if e.room.p == NULL:
+            return self._refuse(connection, "bad_message", None)
+        if connection.raw is None:
+            return self._refuse(connection, "not_joined", None)
+        if e.sender.p != NULL and not is_same(connection.raw, e.sender):
+            return self._refuse(connection, "identity_mismatch", None)
+        sender = membership(connection, e.room)
+        if sender is None:
+            return self._refuse(connection, "not_joined", None)
+        if e.recipients:
+            delivered = self._direct(sender)
+        else:
+            n = self._envelope_size(sender, None)
+            self._envelope(self._scratch(n + ROOMY_HEADER), n, sender, None)
+            delivered = self._fan_out(sender.room, sender, header_size(n) + n)
+        if connection.wants_ack and e.id.p != NULL:
+            self._ack(connection, delivered)
+        return 0
+
+    cdef uint32_t _direct(self, Member sender) except? 0xffffffff:
+        """To the recipients by name; those that are not there are named in one error."""
+        cdef fs_envelope *e = &self.envelope
+        cdef Member member
+        cdef uint32_t i, delivered = 0
+        cdef list absent = None
+        cdef size_t n
+        for i in range(e.recipients):
+            member = sender.room.lookup(e.recipient[i].p, e.recipient[i].n)
+            if member is None or member is sender:
+                absent = absent or []
+                absent.append(text_of(e.recipient[i]))
+                continue
+            n = self._envelope_size(sender, member)
+            self._envelope(member.connection._reserve(n + ROOMY_HEADER), n, sender, member)
+            member.connection._commit(header_size(n) + n)
+            delivered += 1
+        if absent is not None:
+            self._refuse(sender.connection, "peer_unavailable", absent)
+        return delivered
+
+    cdef uint32_t _fan_out(self, Room room, Member but, size_t n) except? 0xffffffff:
+        """The frame in the scratch buffer to everybody but one. Never yields: a directed message would overtake it."""
+        cdef Py_ssize_t i, members = PyList_GET_SIZE(room.order)
+        cdef Member member
+        cdef Connection connection
+        cdef uint32_t delivered = 0
+        for i in range(members):
+            member = <Member>PyList_GET_ITEM(room.order, i)
+            if member is but:
+                continue
+            connection = member.connection
+            memcpy(connection._reserve(n), self.scratch, n)
+            connection._commit(n)
+            delivered += 1
+        return delivered
+
+    cdef int _ack(self, Connection connection, uint32_t delivered) except -1:
+        cdef char id[ESCAPED_ID]
+        cdef size_t n = fs_escape(id, self.envelope.id.p, self.envelope.id.n)
+        connection.send(b'{"type":"ack","payload":{"delivered":%d,"queued":0},"id":%b}' % (delivered, id[:n]))
+        return 0
+
+    cdef size_t _envelope_size(self, Member sender, Member recipient) noexcept:
+        cdef fs_envelope *e = &self.envelope
+        cdef char id[ESCAPED_ID]
+        cdef size_t n = 9 + e.type.n + 9 + PyBytes_GET_SIZE(sender.room.json) + 10 + PyBytes_GET_SIZE(sender.json) + 1
+        if recipient is not None:
+            n += 13 + PyBytes_GET_SIZE(recipient.json)
+        if e.payload.p != NULL:
+            n += 11 + e.payload.n
+        if e.id.p != NULL:
+            n += 6 + fs_escape(id, e.id.p, e.id.n)
+        return n
+
+    cdef char *_envelope(self, char *p, size_t n, Member sender, Member recipient) noexcept:
+        """The whole frame, written from validated values (PROTOCOL §1.4); n is what `_envelope_size` says."""
+        cdef fs_envelope *e = &self.envelope
+        p = put_header(p, WSMsgType.TEXT, n)
+        p = put(p, b'{"type":"', 9)
+        p = put(p, e.type.p, e.type.n)
+        p = put(p, b'","room":', 9)
+        p = put_bytes(p, sender.room.json)
+        p = put(p, b',"sender":', 10)
+        p = put_bytes(p, sender.json)
+        if recipient is not None:
+            p = put(p, b',"recipient":', 13)
+            p = put_bytes(p, recipient.json)
+        if e.payload.p != NULL:
+            p = put(p, b',"payload":', 11)
+            p = put(p, e.payload.p, e.payload.n)
+        if e.id.p != NULL:
+            p = put(p, b',"id":', 6)
+            p += fs_escape(p, e.id.p, e.id.n)
+        p[0] = b"}"
+        return p + 1
+
+
+cdef inline bint is_same(bytes raw, fs_text t) noexcept:
+    return <uint32_t>PyBytes_GET_SIZE(raw) == t.n and memcmp(PyBytes_AS_STRING(raw), t.p, t.n) == 0
+
+
+cdef inline Member membership(Connection connection, fs_text room):
+    """At most `limits.rooms_per_connection` entries, nearly always one: a scan beats a table."""
+    cdef Py_ssize_t i
+    cdef Member member
+    for i in range(PyList_GET_SIZE(connection.members)):
+        member = <Member>PyList_GET_ITEM(connection.members, i)
+        if is_same(member.room.raw, room):
+            return member
+    return None
+
+
+cdef inline bint is_relayed(const char *type, size_t n) noexcept:
+    """The types that the server passes on without looking inside (PROTOCOL §3.1)."""
+    if n > 2 and type[0] == b"x" and type[1] == b"-":
+        return True
+    return (n == 13 and memcmp(type, b"ice-candidate", 13) == 0 or n == 5 and memcmp(type, b"offer", 5) == 0
+            or n == 6 and memcmp(type, b"answer", 6) == 0 or n == 7 and memcmp(type, b"message", 7) == 0)

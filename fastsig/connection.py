@@ -1,0 +1,337 @@
+"""The edge: from an accepted socket to a WebSocket that the relay reads and writes, and from its last frame to its end.
+
+A connection begins as `Handshake`, which reads one HTTP request head and answers it: health, a refusal, or 101. For an
+upgrade it lets picows replay a fixed, minimal request against the `Connection` as stand-in transport (which swallows the
+answer), and hands the real transport over: so picows sees no byte that a stranger wrote before the first frame, and one
+strict parser (`read_head`) decides what a request is. `Edge` is what the relay asks of sockets.
+
+Must not know: rooms, messages, processes. RFC 9112 §3, §5 and RFC 6455 §4.2 are the rules. Error bodies echo nothing.
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import os
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+from picows import WSAutoPingStrategy
+from picows.picows import WSProtocol
+
+from . import logs
+from ._relay import Connection, Relay
+from .errors import HttpError
+from .protocol import SUBPROTOCOL
+
+_log = logs.get("fastsig.connection")
+
+HEAD_BYTES: Final = 16384
+HEADERS: Final = 128
+READ_BUFFER_BYTES: Final = 2048  # per connection; grows with the frames that arrive (ARCHITECTURE §3 e)
+
+_GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
+_TOKEN: Final = frozenset(b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+_REPLAYED: Final = (
+    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+_LIVE: Final = frozenset({"/health/live", "/livez"})
+_READY: Final = frozenset({"/health/ready", "/readyz"})
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One request head. Header names are lower case, values as sent (latin-1), repeated headers in order."""
+
+    method: str
+    path: str
+    query: str
+    headers: dict[str, list[str]]
+
+    def one(self, name: str) -> str | None:
+        """The value of a header that may stand once. Raises HttpError 400 when it is repeated."""
+        values = self.headers.get(name, ())
+        if len(values) > 1:
+            raise _bad_request(f"The header {name} may be given once.")
+        return values[0] if values else None
+
+    def tokens(self, name: str) -> list[str]:
+        """The members of a comma-separated list header, over all its lines, as written."""
+        return [part.strip(" \t") for value in self.headers.get(name, ()) for part in value.split(",") if part.strip(" \t")]
+
+
+def _bad_request(sentence: str, *, headers: str = "") -> HttpError:
+    return HttpError("bad_request", sentence, headers=headers)
+
+
+def read_head(data: bytes) -> Head:
+    """Parse the bytes before the empty line. Raises HttpError."""
+    lines = data.split(b"\r\n")
+    if len(lines) - 1 > HEADERS:
+        raise _bad_request("There are too many headers.")
+    method, target, version = _request_line(lines[0])
+    headers: dict[str, list[str]] = {}
+    for line in lines[1:]:
+        name, colon, value = line.partition(b":")
+        # an empty or odd name is also how white space before the colon and folded lines show (RFC 9112 §5.1, §5.2)
+        if not colon or not name or not _TOKEN.issuperset(name):
+            raise _bad_request("A header line is malformed.")
+        value = value.strip(b" \t")
+        if any(byte < 0x20 and byte != 9 or byte == 0x7F for byte in value):
+            raise _bad_request("A header value has a control character.")
+        headers.setdefault(name.decode("ascii").lower(), []).append(value.decode("latin-1"))
+    path, _, query = target.partition("?")
+    head = Head(method, path, query, headers)
+    if "transfer-encoding" in headers or (head.one("content-length") or "0").strip("0"):
+        raise _bad_request("A request here has no body.")
+    if len(headers.get("host", ())) != 1:
+        raise _bad_request("The header host must be given once.")
+    return head
+
+
+def _request_line(line: bytes) -> tuple[str, str, str]:
+    parts = line.split(b" ")
+    if len(parts) != 3 or not parts[0] or not _TOKEN.issuperset(parts[0]):
+        raise _bad_request("The request line is malformed.")
+    method, target, version = parts
+    if not target.startswith(b"/") or any(not 0x21 <= byte <= 0x7E for byte in target):
+        raise _bad_request("The request target is malformed.")
+    if version != b"HTTP/1.1":
+        if not version.startswith(b"HTTP/"):
+            raise _bad_request("The request line is malformed.")
+        raise _bad_request("Only HTTP/1.1 is spoken here.")
+    return method.decode("ascii"), target.decode("ascii"), version.decode("ascii")
+
+
+def accept_key(head: Head) -> tuple[str, str | None]:
+    """The Sec-WebSocket-Accept value and the chosen subprotocol (RFC 6455 §4.2.2). Raises HttpError."""
+    if "websocket" not in (token.lower() for token in head.tokens("upgrade")):
+        raise _bad_request("This is a WebSocket endpoint: the header upgrade must say websocket.")
+    if "upgrade" not in (token.lower() for token in head.tokens("connection")):
+        raise _bad_request("The header connection must contain upgrade.")
+    if head.one("sec-websocket-version") != "13":
+        raise _bad_request("Only version 13 of WebSocket is spoken here.", headers="Sec-WebSocket-Version: 13\r\n")
+    key = head.one("sec-websocket-key") or ""
+    try:
+        is_valid = len(base64.b64decode(key.encode("ascii"), validate=True)) == 16
+    except (UnicodeEncodeError, binascii.Error):
+        is_valid = False
+    if not is_valid:
+        raise _bad_request("The header sec-websocket-key must be 16 bytes in base64.")
+    digest = hashlib.sha1(key.encode("ascii") + _GUID, usedforsecurity=False).digest()
+    return base64.b64encode(digest).decode("ascii"), _subprotocol(head)
+
+
+def _subprotocol(head: Head) -> str | None:
+    offered = head.tokens("sec-websocket-protocol")
+    if not offered:
+        return None
+    if SUBPROTOCOL not in offered:
+        raise _bad_request(f"Offer the subprotocol {SUBPROTOCOL}, or none.")
+    return SUBPROTOCOL
+
+
+def check_query(query: str) -> None:
+    """`room` in the query must be percent-decoded UTF-8 (PROTOCOL §2); it joins nothing. Raises HttpError."""
+    for pair in query.split("&"):
+        name, _, value = pair.partition("=")
+        if name == "room":
+            try:
+                unquote_to_bytes(value).decode("utf-8")
+            except UnicodeDecodeError:
+                raise _bad_request("The room in the query is not UTF-8.") from None
+
+
+def http_response(status: int, body: bytes, *, headers: str = "", content_type: str = "application/json") -> bytes:
+    """A whole answer after which the connection ends."""
+    phrase = HTTPStatus(status).phrase
+    return (
+        f"HTTP/1.1 {status} {phrase}\r\nContent-Type: {content_type}\r\nContent-Length: {len(body)}\r\n"
+        f"Cache-Control: no-store\r\nConnection: close\r\n{headers}\r\n"
+    ).encode("ascii") + body
+
+
+class Door:
+    """What a request may open: the path of the WebSocket, health. One per worker."""
+
+    def __init__(self, relay: Relay, *, path: str, message_bytes: int) -> None:
+        self.relay = relay
+        self.path = path
+        self.message_bytes = message_bytes
+        self.is_ready = True
+
+    def __call__(self) -> "Handshake":
+        """The protocol factory for `loop.create_server`."""
+        return Handshake(self)
+
+    def answer(self, head: Head) -> bytes:
+        """The answer to a request: 101 (then frames follow) or whole. Raises HttpError."""
+        if head.method != "GET":
+            raise HttpError("method_not_allowed", "Only GET is answered here.", headers="Allow: GET\r\n")
+        if head.path in _LIVE:
+            return http_response(200, b"OK\n", content_type="text/plain")
+        if head.path in _READY:
+            if not self.is_ready:
+                raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
+            return http_response(200, b"OK\n", content_type="text/plain")
+        if head.path != self.path:
+            raise HttpError("not_found", "There is nothing here.")
+        check_query(head.query)
+        accept, subprotocol = accept_key(head)
+        if not self.is_ready:
+            raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
+        chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
+        return (
+            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            f"Sec-WebSocket-Accept: {accept}\r\n{chosen}\r\n"
+        ).encode("ascii")
+
+
+class Handshake(asyncio.Protocol):
+    """Reads one request head. Its time-out is the connection's first deadline in the wheel."""
+
+    __slots__ = ("_connection", "_door", "_received", "_transport")
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._received = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport
+        self._connection = Connection(self._door.relay)
+        self._connection.attach(transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Every byte of a head that dribbles in costs a copy of what is there: at most HEAD_BYTES."""
+        if not self._connection.is_shaking:
+            return
+        self._received = received = self._received + data
+        end = received.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
+        if end < 0 and len(received) < HEAD_BYTES:
+            return
+        try:
+            if end < 0:
+                raise _bad_request("The request head is too long.")
+            answer = self._door.answer(read_head(received[:end]))
+        except HttpError as refusal:
+            self._refuse(refusal)
+        except Exception:  # one of the three places that catch broadly: the acceptor
+            _log.exception("internal_error")
+            self._refuse(HttpError("internal", "The server failed to handle this request.", headers="Retry-After: 5\r\n"))
+        else:
+            if answer.startswith(b"HTTP/1.1 101"):
+                self._upgrade(answer, received[end + 4 :])
+            else:
+                self._connection.send_last(answer)
+
+    def _refuse(self, refusal: HttpError) -> None:
+        fields = {"type": "error", "code": refusal.code, "message": refusal.sentence, "retry": refusal.status >= 500}
+        self._connection.send_last(http_response(refusal.status, msgspec.json.encode(fields), headers=refusal.headers))
+
+    def _upgrade(self, answer: bytes, tail: bytes) -> None:
+        """The hand-over to picows. What came pipelined behind the head are frames already."""
+        connection = self._connection
+        websocket = WSProtocol(
+            None, None, False, lambda request: connection, _SILENT, True, None,
+            False, 20, 20, WSAutoPingStrategy.PING_WHEN_IDLE, False, self._door.message_bytes, None, READ_BUFFER_BYTES,
+        )  # fmt: skip
+        websocket.connection_made(connection)
+        _feed(websocket, _REPLAYED, connection)
+        connection.send_raw(answer)
+        connection.open()
+        self._transport.set_protocol(websocket)
+        self._received = b""
+        if tail:
+            _feed(websocket, tail, connection)
+
+    def eof_received(self) -> None:
+        """The peer is done before it began: the transport closes itself."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.lost()
+
+
+def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
+    while data and (connection.is_open or connection.is_shaking):
+        room = websocket.get_buffer(-1)
+        count = min(len(room), len(data))
+        room[:count] = data[:count]
+        room.release()
+        websocket.buffer_updated(count)
+        data = data[count:]
+
+
+class Discard(asyncio.Protocol):
+    """Our last frame is out: what the peer still sends is thrown away, so that no RST eats that frame (PROTOCOL §3.5)."""
+
+    __slots__ = ("_connection",)
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    def data_received(self, data: bytes) -> None:
+        """Nothing."""
+
+    def eof_received(self) -> None:
+        """The transport closes itself."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.lost()
+
+
+class Edge:
+    """What the relay asks of sockets. The descriptor of a transport is only written to and shut, never closed here."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._watched: dict[int, int] = {}  # id(connection) -> a duplicate descriptor; uvloop watches no transport's own
+
+    def block(self, connection: Connection) -> None:
+        """Call `connection.writable()` whenever its socket takes bytes, until `unblock`."""
+        try:
+            fd = os.dup(connection.transport.get_extra_info("socket").fileno())
+        except OSError as reason:  # out of descriptors: the wheel's next look at this connection ends it
+            _log.warning("cannot_watch", reason=str(reason))
+            return
+        self._watched[id(connection)] = fd
+        self._loop.add_writer(fd, connection.writable)
+
+    def unblock(self, connection: Connection) -> None:
+        """Stop watching."""
+        fd = self._watched.pop(id(connection), None)
+        if fd is not None:
+            self._loop.remove_writer(fd)
+            os.close(fd)
+
+    def linger(self, connection: Connection) -> None:
+        """The last byte is with the kernel: say so (FIN), read and discard until the peer closes; the wheel ends it after 2 s."""
+        transport = connection.transport
+        transport.set_protocol(Discard(connection))
+        transport.write_eof()
+
+    def drop(self, transport: Any) -> None:
+        """Close now. Nothing of ours waits: the relay dropped or sent it."""
+        transport.abort()
+
+
+class _Silent:
+    """The logger that picows gets: what it has to say about a peer is said by the close code. Its bugs are ours to hear of."""
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (the logging module's name)
+        return False
+
+    def debug(self, *args: object, **kwargs: object) -> None:
+        """Nothing."""
+
+    info = warning = error = log = debug
+
+    def exception(self, message: str, *args: object, **kwargs: object) -> None:
+        """picows met an exception that was not a protocol error."""
+        _log.exception("internal_error", part="picows", what=message)
+
+
+_SILENT: Final = _Silent()

@@ -1,0 +1,239 @@
+"""What the server says, and what it reads in the payloads of the rare messages, as typed structs (PROTOCOL §3.1, §3.2).
+
+Pure: no connections, no rooms, no clock. Every server message is built and encoded here, once, and fanned out by the
+relay as bytes. `_relay` has scanned the envelope already; only payloads that the server itself understands are decoded.
+Metadata and ping payloads are JSON text (`Raw`): checked to be one well-formed value, passed on as the same bytes.
+Read `hub` next: it decides which of these is said to whom.
+"""
+
+import re
+from typing import Final, TypeVar
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec.json import Decoder
+
+from .errors import ErrorEntry, ProtocolError
+
+SUBPROTOCOL: Final = "fastsig.v1.json"
+CAPS: Final = frozenset({"ack"})  # those this server grants; what else is asked for is not refused, just not granted
+PING_PAYLOAD_BYTES: Final = 125
+CLIENT_BYTES: Final = 64
+NULL: Final = b"null"
+
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context §3.2
+
+
+class ServerMessage(Struct, tag_field="type", omit_defaults=True, kw_only=True, frozen=True):
+    """A message of the server; fields that hold their default are left out of the JSON."""
+
+    def encode(self) -> bytes:
+        """The JSON text, ready for `Connection.send` or `Relay.publish`."""
+        return _ENCODER.encode(self)
+
+
+class Granted(Struct, frozen=True):
+    """`limits` of `welcome`: what the client may count on."""
+
+    message_bytes: int
+    messages_per_s: int
+    rooms: int
+
+
+class WelcomePayload(Struct, frozen=True):
+    """`server_time`: unix seconds."""
+
+    caps: list[str]
+    limits: Granted
+    version: str
+    server_time: float
+
+
+class Welcome(ServerMessage, tag="welcome"):
+    """Answer to `hello`. `sender` is the peer id that is fixed from now on."""
+
+    sender: str
+    payload: WelcomePayload
+    id: str | None = None
+
+
+class RosterEntry(Struct, frozen=True):
+    """One peer of a room as the newcomer sees it."""
+
+    sender: str
+    n: int
+    meta: Raw
+
+
+class Roster(Struct, frozen=True):
+    """`n` is the newcomer's own ordinal."""
+
+    n: int
+    peers: list[RosterEntry]
+
+
+class Joined(ServerMessage, tag="joined"):
+    """Answer to `join`."""
+
+    room: str
+    sender: str
+    payload: Roster
+    id: str | None = None
+
+
+class Reason(Struct, frozen=True):
+    """Why the server says that somebody is out."""
+
+    reason: str
+
+
+class Left(ServerMessage, tag="left"):
+    """Answer to `leave`, or word that the server took the peer out."""
+
+    room: str
+    payload: Reason
+    id: str | None = None
+
+
+class Newcomer(Struct, frozen=True, omit_defaults=True):
+    """`trace`: the newcomer's W3C traceparent, if it gave one."""
+
+    n: int
+    meta: Raw
+    trace: str | None = None
+
+
+class PeerJoined(ServerMessage, tag="peer-joined"):
+    """To the others of the room."""
+
+    room: str
+    sender: str
+    payload: Newcomer
+
+
+class Leaver(Struct, frozen=True):
+    """`reason`: left, lost, kicked, replaced, expired or closed."""
+
+    n: int
+    reason: str
+
+
+class PeerLeft(ServerMessage, tag="peer-left"):
+    """To the others of the room; nothing of that peer comes after it."""
+
+    room: str
+    sender: str
+    payload: Leaver
+
+
+class Updated(Struct, frozen=True):
+    """The peer's new metadata."""
+
+    n: int
+    meta: Raw
+
+
+class PeerUpdated(ServerMessage, tag="peer-updated"):
+    """To the others of the room."""
+
+    room: str
+    sender: str
+    payload: Updated
+
+
+class Pong(ServerMessage, tag="pong"):
+    """Answer to `ping`: the same payload, the same id."""
+
+    payload: Raw | None = None
+    id: str | None = None
+
+
+class Error(ServerMessage, tag="error"):
+    """Flat (PROTOCOL §3.2). Only validated values are echoed."""
+
+    code: str
+    message: str
+    retry: bool
+    room: str | None = None
+    recipients: list[str] | None = None
+    id: str | None = None
+    after_ms: int | None = None
+
+
+class HelloPayload(Struct, frozen=True):
+    """What `hello` asks for."""
+
+    token: str | None = None
+    caps: list[str] = []
+    client: str | None = None
+
+
+class JoinPayload(Struct, frozen=True):
+    """What `join` brings. `max_peers` counts only from the peer that makes the room."""
+
+    meta: Raw = Raw(NULL)
+    token: str | None = None
+    max_peers: int | None = None
+    trace: str | None = None
+
+
+class UpdatePayload(Struct, frozen=True):
+    """What `update` brings."""
+
+    meta: Raw | UnsetType = UNSET
+
+
+_Payload = TypeVar("_Payload")
+_ENCODER = msgspec.json.Encoder()
+_HELLO = Decoder(HelloPayload)
+_JOIN = Decoder(JoinPayload)
+_UPDATE = Decoder(UpdatePayload)
+
+
+def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: list[str] | None,
+          after_ms: int | None) -> bytes:  # fmt: skip
+    """An `error` message for an entry of the catalogue."""
+    return Error(
+        code=entry.code, message=entry.sentence, retry=entry.retry,
+        room=room, recipients=recipients, id=id, after_ms=after_ms,
+    ).encode()  # fmt: skip
+
+
+def read_hello(payload: bytes | None) -> HelloPayload:
+    """Raises ProtocolError `bad_message` or `too_large`."""
+    hello = _decode(_HELLO, payload)
+    if hello.client is not None and len(hello.client.encode()) > CLIENT_BYTES:
+        raise ProtocolError("too_large")
+    return hello
+
+
+def read_join(payload: bytes | None, *, meta_bytes: int) -> JoinPayload:
+    """Raises ProtocolError `bad_message` or `too_large`. `meta_bytes` 0 is no limit."""
+    join = _decode(_JOIN, payload)
+    _check_meta(join.meta, meta_bytes)
+    if join.max_peers is not None and join.max_peers < 1:
+        raise ProtocolError("bad_message")
+    if join.trace is not None and not _TRACEPARENT.fullmatch(join.trace):
+        raise ProtocolError("bad_message")
+    return join
+
+
+def read_update(payload: bytes | None, *, meta_bytes: int) -> bytes:
+    """The new metadata as JSON text. Raises ProtocolError `bad_message` or `too_large`."""
+    update = _decode(_UPDATE, payload)
+    if update.meta is UNSET:
+        raise ProtocolError("bad_message")
+    _check_meta(update.meta, meta_bytes)
+    return bytes(update.meta)
+
+
+def _check_meta(meta: Raw, meta_bytes: int) -> None:
+    if meta_bytes and len(bytes(meta)) > meta_bytes:
+        raise ProtocolError("too_large")
+
+
+def _decode(decoder: "Decoder[_Payload]", payload: bytes | None) -> _Payload:
+    try:
+        return decoder.decode(payload if payload is not None else b"{}")
+    except msgspec.DecodeError as reason:
+        raise ProtocolError("bad_message") from reason

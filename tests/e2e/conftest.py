@@ -1,0 +1,143 @@
+"""Real server processes: `serve(...)` starts one, `server` is one that tests may share.
+
+No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
+
+FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+START_S = 15.0
+STOP_S = 10.0
+NODE = Path(__file__).parent / "node"
+
+
+class Server:
+    """One server: where it listens, what it logs, and its end."""
+
+    def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path) -> None:
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
+        self.process = subprocess.Popen(
+            [os.environ.get("FASTSIG_PYTHON", sys.executable), "-m", "fastsig", "serve", "--port", "0", *args],
+            env=clean | (env or {}),
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stderr:
+            for line in stderr:
+                with self._changed:
+                    self._lines.append(line.rstrip("\n"))
+                    self._changed.notify_all()
+
+    def stderr_lines(self) -> list[str]:
+        with self._changed:
+            return list(self._lines)
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        """The log so far, as objects; all of it or one kind of event."""
+        found = [json.loads(line) for line in self.stderr_lines() if line.startswith("{")]
+        return [event for event in found if name in (None, event.get("event"))]
+
+    def wait_for(self, name: str, timeout_s: float = START_S) -> dict[str, Any]:
+        """The first event of this name, waiting for it."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := self.events(name)):
+            with self._changed:
+                self._changed.wait(0.05)
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                log = "\n".join(self.stderr_lines())
+                pytest.fail(f"no event {name!r}; the server {self.process.poll()=} said:\n{log}")
+        return found[0]
+
+    @property
+    def port(self) -> int:
+        return int(self.wait_for("serving")["port"])
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/ws"
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """End it; the exit code. After the deadline: by force, which is a failure of its own."""
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        try:
+            code = self.process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        self._reader.join(STOP_S)
+        return code
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _many_files() -> None:
+    """Five hundred sockets on either side need more than the usual 1,024 descriptors."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 8192 if hard == resource.RLIM_INFINITY else min(8192, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Start a server with these arguments; it listens when this returns."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*args: str, env: dict[str, str] | None = None) -> Server:
+            server = Server(*args, env=env, cwd=tmp_path)
+            stack.callback(server.stop)
+            server.wait_for("serving")
+            return server
+
+        yield start
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with no options, for tests that need nothing else. Rooms are their own by the fixture `room`."""
+    shared = Server(cwd=tmp_path_factory.mktemp("server"))
+    try:
+        shared.wait_for("serving")
+        yield shared
+        assert shared.process.poll() is None, "the shared server did not live to the end"
+    finally:
+        assert shared.stop() == 0
+
+
+@pytest.fixture
+def room() -> str:
+    return f"room-{uuid.uuid4().hex[:8]}"
+
+
+@pytest.fixture(scope="session")
+def node() -> Path:
+    """The folder with the node clients."""
+    if not shutil.which("node") or not (NODE / "node_modules" / "ws").is_dir():
+        pytest.skip("no node clients: apt-get install nodejs npm, then make test")
+    return NODE

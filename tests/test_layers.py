@@ -1,0 +1,86 @@
+"""ARCHITECTURE §4: a module imports only modules on earlier lines of this list (of its own line: only earlier ones)."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fastsig"
+
+LAYERS = (
+    ("words", "errors config"),
+    ("core", "_relay"),
+    ("pure", "protocol routing limits sessions auth turn"),
+    ("seen", "metrics tracing logs"),
+    ("ports", "store bus"),
+    ("domain", "hub"),
+    ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
+    ("edge", "connection ops"),
+    ("process", "control worker supervisor"),
+    ("outside", "client cli"),
+)
+ORDER = [name for _, names in LAYERS for name in names.split()]
+OUTSIDE = {"__init__", "__main__"}  # the version, which all may read; the door, which none may use
+
+_IN_CYTHON = re.compile(
+    r"^\s*(?:from\s+(?:\.|fastsig\.)(?P<module>\w+)\s+c?import"
+    r"|from\s+(?:\.|fastsig)\s+c?import\s+(?P<several>.+)$"
+    r"|c?import\s+fastsig\.(?P<other>\w+))",
+    re.MULTILINE,
+)
+
+
+def _modules() -> dict[str, Path]:
+    files = [path for pattern in ("*.py", "*.pyx") for path in PACKAGE.glob(pattern)]
+    return {path.stem: path for path in sorted(files)}
+
+
+def _imports(path: Path) -> set[str]:
+    """The modules of the package that this one imports, at its top or anywhere inside."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".pyx":
+        found = {
+            word for match in _IN_CYTHON.finditer(text) for group in match.groups("") for word in group.split(", ")
+        }
+        return found & set(_modules())
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("fastsig.") for alias in node.names if alias.name.startswith("fastsig.")}
+        elif isinstance(node, ast.ImportFrom) and (node.level == 1 or (node.module or "").split(".")[0] == "fastsig"):
+            module = (node.module or "").removeprefix("fastsig").removeprefix(".")
+            found |= {module.split(".")[0]} if module else {alias.name for alias in node.names}
+    return found - {"__version__"}
+
+
+def test_every_module_of_the_package_is_in_the_list() -> None:
+    assert set(_modules()) - OUTSIDE <= set(ORDER)
+
+
+def test_package_is_flat() -> None:
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()} - {"__pycache__", "static"}
+    assert not folders
+
+
+@pytest.mark.parametrize("module", sorted(set(_modules()) - OUTSIDE))
+def test_module_imports_only_from_earlier_layers(module: str) -> None:
+    allowed = set(ORDER[: ORDER.index(module)])
+    assert _imports(_modules()[module]) <= allowed
+
+
+def test_package_itself_imports_nothing_of_its_own() -> None:
+    assert not _imports(PACKAGE / "__init__.py")
+
+
+def test_supervisor_executes_the_worker_and_never_imports_it() -> None:
+    modules = _modules()
+    reached, waiting = set(), ["supervisor"]
+    while waiting:
+        name = waiting.pop()
+        if name in modules and name not in reached:
+            reached.add(name)
+            waiting += _imports(modules[name])
+    assert "supervisor" in reached
+    assert "worker" not in reached
+    assert "_relay" not in reached, "the supervisor has no use for the compiled core"

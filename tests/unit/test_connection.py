@@ -1,0 +1,161 @@
+"""The HTTP edge: what a request head is, and what it opens. No sockets."""
+
+import json
+
+import pytest
+
+from fastsig.connection import HEAD_BYTES, accept_key, read_head
+from fastsig.errors import HttpError
+
+from .memory import HEAD, TEXT, Client, Host, frame
+
+FIREFOX = (
+    b"GET /ws HTTP/1.1\r\nHost: localhost:8080\r\n"
+    b"User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0\r\nAccept: */*\r\n"
+    b"Accept-Language: en-US,en;q=0.5\r\nAccept-Encoding: gzip, deflate, br, zstd\r\nSec-WebSocket-Version: 13\r\n"
+    b"Origin: http://localhost:8080\r\nSec-WebSocket-Extensions: permessage-deflate\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nConnection: keep-alive, Upgrade\r\nSec-Fetch-Dest: empty\r\n"
+    b"Sec-Fetch-Mode: websocket\r\nSec-Fetch-Site: same-origin\r\nPragma: no-cache\r\nCache-Control: no-cache\r\n"
+    b"Upgrade: websocket\r\n\r\n"
+)
+
+
+@pytest.fixture
+async def host() -> Host:
+    return Host()
+
+
+def ask(host: Host, data: bytes) -> tuple[int, str, dict[str, str], Client]:
+    client = host.accept()
+    client.feed(data)
+    head, _, body = client.take_bytes().decode().partition("\r\n\r\n")
+    status, *lines = head.split("\r\n")
+    headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+    return int(status.split(" ")[1]), body, headers, client
+
+
+async def test_firefox_is_welcome(host: Host) -> None:
+    status, _, headers, _ = ask(host, FIREFOX)
+    assert status == 101
+    assert headers["sec-websocket-accept"] == "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="  # RFC 6455 §1.3
+    assert "sec-websocket-extensions" not in headers
+
+
+async def test_head_in_single_bytes_and_frames_pipelined_behind_it(host: Host) -> None:
+    client = host.accept()
+    join = frame(TEXT, json.dumps({"type": "join", "room": "r", "sender": "a"}))
+    head = HEAD.format(target="/ws?room=r%20%C3%BC").encode()
+    for byte in head[:-3]:
+        client.feed(bytes([byte]))
+    client.feed(head[-3:] + join + frame(TEXT, '{"type":"ping"}') + frame(TEXT, '{"type":"ping"')[:-3])
+    answer, _, frames = client.take_bytes().partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    assert frames.count(b'"type":"joined"') == frames.count(b'"type":"pong"') == 1
+
+
+async def test_many_messages_pipelined_behind_the_head_are_all_handled(host: Host) -> None:
+    other = host.join("other")
+    client = host.accept()
+    messages = frame(TEXT, json.dumps({"type": "join", "room": "r", "sender": "a"})) + b"".join(
+        frame(TEXT, json.dumps({"type": "message", "room": "r", "id": str(i), "payload": "x" * 1000})) for i in range(100)
+    )
+    client.feed(HEAD.format(target="/ws").encode() + messages)
+    assert [m.get("id") for m in other.take()] == [None, *map(str, range(100))]
+
+
+@pytest.mark.parametrize("path", ["/health/live", "/health/ready", "/livez", "/readyz"])
+async def test_health_is_answered_on_the_public_port(host: Host, path: str) -> None:
+    status, body, headers, client = ask(host, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert (status, body, headers["connection"]) == (200, "OK\n", "close")
+    assert client.transport.is_shut
+    host.door.is_ready = False
+    status, _, _, _ = ask(host, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    assert status == (503 if "ready" in path else 200)
+
+
+SECRET = "sup3rsecret"
+REFUSED = {
+    "another path": (f"GET /{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+    "another method": (f"POST /ws?{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "head as a method": ("HEAD /health/live HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "plain get": (f"GET /ws?{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "HTTP/1.0": ("GET /ws HTTP/1.0\r\nHost: x\r\n\r\n", 400),
+    "no version": ("GET /ws\r\nHost: x\r\n\r\n", 400),
+    "HTTP/2 preface": ("PRI * HTTP/2.0\r\n\r\n", 400),
+    "no host": ("GET /ws HTTP/1.1\r\n\r\n", 400),
+    "two hosts": ("GET /ws HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    "body announced": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n", 400),
+    "two lengths": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
+    "chunked": ("GET /ws HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
+    "white space before a colon": (f"GET /ws HTTP/1.1\r\nHost: x\r\n{SECRET} : y\r\n\r\n", 400),
+    "folded header": (f"GET /ws HTTP/1.1\r\nHost: x\r\n {SECRET}\r\n\r\n", 400),
+    "line without a colon": (f"GET /ws HTTP/1.1\r\nHost: x\r\n{SECRET}\r\n\r\n", 400),
+    "control character": (f"GET /ws HTTP/1.1\r\nHost: x\r\nA: {SECRET}\0\r\n\r\n", 400),
+    "bare line feed": (f"GET /ws HTTP/1.1\r\nHost: x\nA: {SECRET}\r\n\r\n", 400),
+    "target not ASCII": ("GET /wsü HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "absolute target": ("GET http://x/ws HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "too many headers": ("GET /ws HTTP/1.1\r\nHost: x\r\n" + "A: b\r\n" * 200 + "\r\n", 400),
+    "head too long": ("GET /ws HTTP/1.1\r\nHost: x\r\nA: " + SECRET * 2000, 400),
+    "room not UTF-8": (HEAD.format(target="/ws?room=%ff"), 400),
+    "no key": (HEAD.format(target="/ws").replace("dGhlIHNhbXBsZSBub25jZQ==", ""), 400),
+    "short key": (HEAD.format(target="/ws").replace("dGhlIHNhbXBsZSBub25jZQ==", "AAAA"), 400),
+    "two keys": (HEAD.format(target="/ws").replace("Upgrade: w", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nUpgrade: w"), 400),
+    "version 8": (HEAD.format(target="/ws").replace("Version: 13", "Version: 8"), 400),
+    "version not ASCII": (HEAD.format(target="/ws").replace("Version: 13", "Version: é"), 400),
+    "no upgrade": (HEAD.format(target="/ws").replace("Upgrade: websocket", f"Upgrade: {SECRET}"), 400),
+    "connection without upgrade": (HEAD.format(target="/ws").replace("Connection: Upgrade", "Connection: keep-alive"), 400),
+    "unknown subprotocol": (HEAD.format(target="/ws").replace("Upgrade: w", f"Sec-WebSocket-Protocol: {SECRET}\r\nUpgrade: w"), 400),
+    "token alone": (HEAD.format(target="/ws").replace("Upgrade: w", f"Sec-WebSocket-Protocol: bearer.{SECRET}\r\nUpgrade: w"), 400),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_refusal_is_one_json_error_that_echoes_nothing(host: Host, what: str) -> None:
+    text, expected = REFUSED[what]
+    status, body, headers, client = ask(host, text.encode())
+    error = json.loads(body)
+    assert status == expected
+    assert error["type"] == "error"
+    assert set(error) == {"type", "code", "message", "retry"}
+    assert headers["connection"] == "close"
+    assert int(headers["content-length"]) == len(body)
+    assert SECRET not in body + str(headers)
+    assert ("allow" in headers) == (status == 405)
+    assert client.transport.is_shut
+    client.feed(b"x" * 100_000)  # read and thrown away
+    assert client.take_bytes() == b""
+    host.advance(2.5)
+    assert client.transport.is_gone
+    assert host.relay.connections == 0
+
+
+@pytest.mark.parametrize("offer", ["fastsig.v1.json", "other, fastsig.v1.json", "fastsig.v1.json, bearer.a.b.c"])
+async def test_subprotocol_is_chosen_when_it_is_offered(host: Host, offer: str) -> None:
+    head = HEAD.format(target="/ws").replace("Upgrade: w", f"Sec-WebSocket-Protocol: {offer}\r\nUpgrade: w")
+    status, _, headers, _ = ask(host, head.encode())
+    assert (status, headers["sec-websocket-protocol"]) == (101, "fastsig.v1.json")
+
+
+async def test_no_upgrades_while_draining(host: Host) -> None:
+    host.door.is_ready = False
+    status, _, headers, _ = ask(host, HEAD.format(target="/ws").encode())
+    assert (status, headers["retry-after"]) == (503, "5")
+
+
+async def test_peer_that_goes_away_in_the_handshake_leaves_nothing(host: Host) -> None:
+    client = host.accept()
+    client.feed(b"GET / HT")
+    client.vanish()
+    assert host.relay.connections == 0
+
+
+def test_header_names_are_case_insensitive_and_lists_may_span_lines() -> None:
+    head = read_head(b"GET /ws HTTP/1.1\r\nhOsT:x\r\nConnection: keep-alive\r\nCONNECTION:\tUPGRADE ,\r\nupgrade: WebSocket")
+    assert head.tokens("connection") == ["keep-alive", "UPGRADE"]
+    assert head.one("host") == "x"
+    with pytest.raises(HttpError, match="version 13"):
+        accept_key(head)
+
+
+def test_longest_head_that_is_read_is_the_documented_one() -> None:
+    assert HEAD_BYTES == 16384

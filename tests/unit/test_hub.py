@@ -1,0 +1,333 @@
+"""What each rare message does, over peers in memory."""
+
+import json
+
+import pytest
+
+from .memory import PING, PONG, Client, Host, frame
+
+META_1K = "x" * 1022  # 1024 bytes of JSON with its quotes
+
+
+@pytest.fixture
+async def host() -> Host:
+    return Host()
+
+
+# ---- join, leave, presence
+
+
+async def test_session_of_the_protocol_page(host: Host) -> None:
+    one, two = host.connect(), host.connect()
+    one.say('{"type":"join","room":"test-room","sender":"client1"}')
+    (joined,) = one.take()
+    n = joined["payload"].pop("n")
+    assert joined == {"type": "joined", "room": "test-room", "sender": "client1", "payload": {"peers": []}}
+    two.say('{"type":"join","room":"test-room","sender":"client2"}')
+    (joined,) = two.take()
+    assert joined["payload"]["peers"] == [{"sender": "client1", "n": n, "meta": None}]
+    assert joined["payload"]["n"] > n
+    assert one.take() == [{
+        "type": "peer-joined", "room": "test-room", "sender": "client2",
+        "payload": {"n": joined["payload"]["n"], "meta": None},
+    }]  # fmt: skip
+
+
+async def test_roster_is_in_the_order_of_joining_and_ordinals_hold_the_generation(host: Host) -> None:
+    for name in "abcd":
+        host.join(name)
+    room = host.relay.find_room("r")
+    assert room is not None
+    b = room.find("b")
+    assert b is not None
+    b.connection.lost()
+    e = host.connect()
+    e.say(type="join", room="r", sender="e")
+    (joined,) = e.take()
+    ordinals = [peer["n"] for peer in joined["payload"]["peers"]]
+    assert [peer["sender"] for peer in joined["payload"]["peers"]] == ["a", "c", "d"]
+    assert ordinals == sorted(ordinals)
+    assert all(1 << 32 < n < 1 << 33 for n in [*ordinals, joined["payload"]["n"]])
+
+
+async def test_metadata_travels_as_the_same_bytes(host: Host) -> None:
+    a = host.join("a")
+    b = host.connect()
+    b.say('{"type":"join","room":"r","sender":"b","payload":{"meta": {"x": 1e999, "y" :[ ]} ,"other":1}}')
+    assert b'"meta":{"x": 1e999, "y" :[ ]}}' in a.take_bytes()
+    b.take()
+    c = host.connect()
+    c.say(type="join", room="r", sender="c")
+    assert b'"meta":{"x": 1e999, "y" :[ ]}}' in c.take_bytes()
+
+
+async def test_trace_of_the_join_reaches_the_others(host: Host) -> None:
+    a = host.join("a")
+    trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    host.join("b", trace=trace)
+    assert a.take()[0]["payload"]["trace"] == trace
+
+
+async def test_request_id_comes_back_in_the_reply(host: Host) -> None:
+    a = host.connect()
+    for kind, reply in [("hello", "welcome"), ("join", "joined"), ("ping", "pong"), ("leave", "left"), ("leave", "error")]:
+        a.say(type=kind, room="r", id=f"q-{kind}")
+        (message,) = a.take()
+        assert (message["type"], message["id"]) == (reply, f"q-{kind}")
+
+
+async def test_leaving_is_answered_and_told(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    (news,) = a.take()
+    b.say(type="leave", room="r")
+    assert b.take() == [{"type": "left", "room": "r", "payload": {"reason": "left"}}]
+    assert a.take() == [{"type": "peer-left", "room": "r", "sender": "b", "payload": {"n": news["payload"]["n"], "reason": "left"}}]  # fmt: skip
+    b.say(type="leave", room="r")
+    assert b.take_error() == "not_joined"
+
+
+async def test_lost_peer_leaves_all_its_rooms_and_empty_rooms_are_gone(host: Host) -> None:
+    a = host.join("a", room="one")
+    b = host.join("b", room="one")
+    b.say(type="join", room="two")
+    b.take()
+    a.take()
+    assert host.relay.room_count == 2
+    b.vanish()
+    assert a.take()[0]["payload"]["reason"] == "lost"
+    assert host.relay.room_count == 1
+
+
+async def test_update_reaches_the_others_and_later_rosters(host: Host) -> None:
+    a, b = host.join("a"), host.join("b", meta={"v": 1})
+    a.take()
+    b.say(type="update", room="r", payload={"meta": {"v": 2}})
+    (news,) = a.take()
+    assert (news["type"], news["sender"], news["payload"]["meta"]) == ("peer-updated", "b", {"v": 2})
+    assert b.take() == []
+    c = host.connect()
+    c.say(type="join", room="r", sender="c")
+    assert c.take()[0]["payload"]["peers"][1]["meta"] == {"v": 2}
+
+
+async def test_ping_returns_payload_and_id(host: Host) -> None:
+    a = host.connect()
+    a.say('{"type":"ping","payload":{"t": 1.0},"id":"7"}')
+    assert a.take_bytes()[2:] == b'{"type":"pong","payload":{"t": 1.0},"id":"7"}'
+    a.say(type="ping", payload="x" * 123)
+    assert a.take()[0]["type"] == "pong"
+    a.say(type="ping", payload="x" * 124)
+    assert a.take_error() == "too_large"
+
+
+# ---- identity
+
+
+async def test_peer_without_a_sender_gets_an_id_from_the_server(host: Host) -> None:
+    a = host.connect()
+    a.say(type="join", room="r")
+    assert a.take()[0]["sender"] == "made-1"
+    a.say(type="join", room="s", sender="other")
+    assert a.take_error() == "identity_mismatch"
+    a.say(type="join", room="s", sender="made-1")
+    assert a.take()[0]["type"] == "joined"
+
+
+async def test_made_ids_are_128_random_bits(host: Host) -> None:
+    from fastsig.hub import Hub
+
+    hub = Hub(host.relay, host.limits)
+    made = {hub._make_id() for _ in range(100)}
+    assert len(made) == 100
+    assert all(len(peer) == 22 and peer.isascii() and peer.isprintable() for peer in made)
+
+
+async def test_hello_fixes_the_identity_and_comes_once_and_first(host: Host) -> None:
+    a = host.connect()
+    a.say(type="hello", sender="a", payload={"caps": ["ack", "session", "seq", "x"], "client": "test/1"})
+    (welcome,) = a.take()
+    assert welcome["sender"] == "a"
+    assert welcome["payload"]["caps"] == ["ack"]
+    assert welcome["payload"]["limits"] == {"message_bytes": 65536, "messages_per_s": 50, "rooms": 16}
+    assert welcome["payload"]["server_time"] == 1e9
+    a.say(type="hello", sender="a")
+    assert a.take_error() == "bad_message"
+    a.say(type="join", room="r", sender="b")
+    assert a.take_error() == "identity_mismatch"
+    joined = host.join("j")
+    joined.say(type="hello")
+    assert joined.take_error() == "bad_message"
+
+
+async def test_refused_join_fixes_no_identity(host: Host) -> None:
+    host.join("a")
+    b = host.connect()
+    b.say(type="join", room="r", sender="a")
+    assert b.take_error() == "id_taken"
+    b.say(type="join", room="r", sender="b")
+    assert b.take()[0]["sender"] == "b"
+
+
+async def test_token_that_nobody_can_check_is_unauthorized(host: Host) -> None:
+    a = host.connect()
+    a.say(type="hello", payload={"token": "x"})
+    assert a.take_error() == "unauthorized"
+    a.say(type="join", room="r", payload={"token": "x"})
+    assert a.take_error() == "unauthorized"
+    assert host.relay.room_count == 0
+
+
+async def test_taken_id_is_probed_at_most_once_in_thirty_seconds_and_a_dead_holder_is_closed(host: Host) -> None:
+    holder, rival = host.join("a"), host.connect()
+
+    def rejected() -> None:
+        rival.say(type="join", room="r", sender="a")
+        (error,) = rival.take()
+        assert (error["code"], error["retry"], error["after_ms"]) == ("id_taken", True, 6000)
+
+    rejected()
+    rejected()
+    assert holder.take_frames() == [(PING, b"")]
+    holder.feed(frame(PONG))
+    host.advance(6)
+    rejected()
+    assert holder.take_frames() == []
+    host.advance(25)
+    holder.take_bytes()
+    rival.take_bytes()
+    rejected()
+    host.advance(5.5)
+    assert holder.take_close() == 4002
+    rival.take_bytes()
+    rival.say(type="join", room="r", sender="a")
+    assert rival.take()[0]["type"] == "joined"
+
+
+# ---- limits and refusals
+
+
+async def test_rooms_per_connection_peers_per_room_and_rooms_are_limited() -> None:
+    host = Host(rooms_per_connection=2, peers_per_room=2, rooms=3)
+    a = host.join("a", room="1")
+    a.say(type="join", room="2")
+    assert a.take()[0]["type"] == "joined"
+    a.say(type="join", room="3")
+    assert a.take_error() == "too_many_rooms"
+    host.join("b", room="1")
+    c = host.connect()
+    c.say(type="join", room="1", sender="c")
+    assert c.take_error() == "room_full"
+    host.join("d", room="3")
+    c.say(type="join", room="4", sender="c")
+    assert c.take_error() == "limit_exceeded"
+
+
+async def test_max_peers_counts_only_from_the_one_who_makes_the_room(host: Host) -> None:
+    host.join("a", max_peers=2)
+    host.join("b", max_peers=9)
+    c = host.connect()
+    c.say(type="join", room="r", sender="c")
+    assert c.take_error() == "room_full"
+
+
+async def test_joining_twice_is_already_joined(host: Host) -> None:
+    a = host.join("a")
+    a.say(type="join", room="r")
+    assert a.take_error() == "already_joined"
+
+
+async def test_no_joins_while_draining(host: Host) -> None:
+    a = host.connect()
+    host.hub.is_draining = True
+    a.say(type="join", room="r")
+    (error,) = a.take()
+    assert (error["code"], error["retry"]) == ("draining", True)
+
+
+REFUSED = {
+    "not JSON": ("{", "bad_json"),
+    "two values": ("{}{}", "bad_json"),
+    "a list": ("[]", "bad_message"),
+    "no type": ("{}", "bad_message"),
+    "type twice": ('{"type":"ping","type":"ping"}', "bad_message"),
+    "type of the server": ('{"type":"joined"}', "unknown_type"),
+    "type of a later issue": ('{"type":"resume","payload":{}}', "unknown_type"),
+    "join without a room": ('{"type":"join"}', "bad_message"),
+    "join with a list as payload": ('{"type":"join","room":"r","payload":[]}', "bad_message"),
+    "join with a bad trace": ('{"type":"join","room":"r","payload":{"trace":"x"}}', "bad_message"),
+    "join with no places": ('{"type":"join","room":"r","payload":{"max_peers":0}}', "bad_message"),
+    "join with long metadata": (json.dumps({"type": "join", "room": "r", "payload": {"meta": META_1K + "x"}}), "too_large"),
+    "room too long": (json.dumps({"type": "join", "room": "r" * 129}), "too_large"),
+    "empty room": ('{"type":"join","room":""}', "bad_message"),
+    "control character in a room": ('{"type":"join","room":"a\\u0085b"}', "bad_message"),
+    "leave without joining": ('{"type":"leave","room":"r"}', "not_joined"),
+    "update without joining": ('{"type":"update","room":"r","payload":{"meta":1}}', "not_joined"),
+    "caps of the wrong type": ('{"type":"hello","payload":{"caps":"ack"}}', "bad_message"),
+    "long client name": (json.dumps({"type": "hello", "payload": {"client": "x" * 65}}), "too_large"),
+    "33 recipients": (json.dumps({"type": "offer", "room": "r", "recipient": [str(i) for i in range(33)]}), "too_large"),
+    "no recipients": ('{"type":"offer","room":"r","recipient":[]}', "bad_message"),
+    "a recipient twice": ('{"type":"offer","room":"r","recipient":["a","\\u0061"]}', "bad_message"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+async def test_refused_message_gets_one_error_and_has_no_effect(host: Host, what: str) -> None:
+    text, code = REFUSED[what]
+    a = host.connect()
+    a.say(text)
+    assert a.take_error() == code
+    assert host.relay.room_count == 0
+    a.say(type="join", room="r", sender="a")
+    assert a.take()[0]["sender"] == "a", "the connection goes on, without an identity from the refused message"
+
+
+async def test_update_without_metadata_is_bad_and_null_is_a_value(host: Host) -> None:
+    a, b = host.join("a"), host.join("b", meta=1)
+    a.take()
+    b.say(type="update", room="r", payload={})
+    assert b.take_error() == "bad_message"
+    b.say(type="update", room="r", payload={"meta": None})
+    assert a.take()[0]["payload"]["meta"] is None
+
+
+async def test_metadata_of_exactly_the_limit_passes(host: Host) -> None:
+    host.join("a", meta=META_1K)
+
+
+async def test_error_echoes_only_what_was_valid(host: Host) -> None:
+    a = host.connect()
+    a.say('{"type":7,"room":"r","id":"q"}')
+    assert a.take() == [{
+        "type": "error", "code": "bad_message", "message": "A field is missing, repeated, of the wrong type or out of place.",
+        "retry": False, "room": "r", "id": "q",
+    }]  # fmt: skip
+    a.say('{"type":"join","room":7,"id":""}')
+    (error,) = a.take()
+    assert "room" not in error
+    assert "id" not in error
+
+
+async def test_more_than_twenty_counted_errors_in_five_seconds_close_4509(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+
+    def insist(times: int, text: str) -> None:
+        for _ in range(times):
+            b.say(text)
+
+    insist(100, '{"type":"leave","room":"elsewhere"}')  # never counted
+    insist(20, "nonsense")
+    host.advance(5.5)
+    insist(20, "nonsense")
+    assert all(opcode == 1 for opcode, _ in b.take_frames())
+    insist(1, "nonsense")
+    assert b.take_close() == 4509
+    assert [m["type"] for m in a.take()] == ["peer-left"]
+
+
+async def test_every_client_message_of_this_version_is_handled(host: Host) -> None:
+    """The list of PROTOCOL §3.1 less what its issues bring later."""
+    client: Client = host.join("a")
+    for kind in ("hello", "join", "leave", "offer", "answer", "ice-candidate", "message", "x-y", "update", "ping"):
+        client.say(type=kind, room="r")
+        assert all(message.get("code") != "unknown_type" for message in client.take()), kind

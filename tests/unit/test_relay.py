@@ -1,0 +1,433 @@
+"""The relay, its connections and rooms, over peers in memory."""
+
+import json
+import random
+
+import pytest
+
+from fastsig._relay import Connection
+
+from .memory import BINARY, CLOSE, PING, PONG, TEXT, Client, Host, frame
+
+
+@pytest.fixture
+async def host() -> Host:
+    return Host()
+
+
+def offer(recipient: object = None, **fields: object) -> dict[str, object]:
+    message: dict[str, object] = {"type": "offer", "room": "r", "payload": {"sdp": "v=0"}, **fields}
+    return message if recipient is None else message | {"recipient": recipient}
+
+
+# ---- relaying
+
+
+async def test_offer_reaches_its_recipient_with_the_envelope_that_the_server_writes(host: Host) -> None:
+    a, b, c = host.join("a"), host.join("b"), host.join("c")
+    for client in (a, b, c):
+        client.take()
+    b.say('{ "sender":"b", "payload" : {"sdp":"x", "n": 1.50e3} ,"extra":[1],"recipient":"\\u0061","room":"r","type":"offer"}')
+    (_, payload) = a.take_frames()[0]
+    assert payload == b'{"type":"offer","room":"r","sender":"b","recipient":"a","payload":{"sdp":"x", "n": 1.50e3}}'
+    assert b.take() == c.take() == []
+
+
+@pytest.mark.parametrize("kind", ["offer", "answer", "ice-candidate", "message", "x-chat", "x-a.b_c-9"])
+async def test_every_relayed_type_reaches_everybody_but_its_sender(host: Host, kind: str) -> None:
+    a, b, c = host.join("a"), host.join("b"), host.join("c")
+    for client in (a, b, c):
+        client.take()
+    a.say(type=kind, room="r", id="1")
+    expected = {"type": kind, "room": "r", "sender": "a", "id": "1"}
+    assert b.take() == c.take() == [expected]
+    assert a.take() == []
+
+
+async def test_list_of_recipients_reaches_those_and_names_the_absent_ones(host: Host) -> None:
+    a, b, c, d = (host.join(name) for name in "abcd")
+    for client in (a, b, c, d):
+        client.take()
+    a.say(**offer(["b", "nobody", "c", "a"], id="q"))
+    assert [m["recipient"] for m in b.take()] == ["b"]
+    assert [m["recipient"] for m in c.take()] == ["c"]
+    assert d.take() == []
+    (error,) = a.take()
+    assert error["code"] == "peer_unavailable"
+    assert error["recipients"] == ["nobody", "a"]
+    assert error["id"] == "q"
+
+
+async def test_rooms_are_separate_and_a_name_is_looked_up_per_room(host: Host) -> None:
+    a, b = host.join("a"), host.join("b", room="other")
+    a.say(**offer("b"))
+    assert a.take_error() == "peer_unavailable"
+    a.say(**offer("b", room="other"))
+    assert a.take_error() == "not_joined"
+    assert b.take() == []
+
+
+async def test_message_from_a_peer_that_has_not_joined_goes_nowhere(host: Host) -> None:
+    a, stranger = host.join("a"), host.connect()
+    stranger.say(**offer("a"))
+    assert stranger.take_error() == "not_joined"
+    stranger.say(type="message", recipient="a")
+    assert stranger.take_error() == "bad_message"
+    assert a.take() == []
+
+
+async def test_another_sender_is_an_identity_mismatch_and_goes_nowhere(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.say(**offer("a", sender="a"))
+    assert b.take_error() == "identity_mismatch"
+    assert a.take() == []
+
+
+async def test_peer_that_left_gets_no_candidate(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    b.say(type="leave", room="r")
+    b.take()
+    a.take()
+    a.say(type="ice-candidate", room="r", recipient="b", payload={})
+    assert a.take_error() == "peer_unavailable"
+    assert b.take() == []
+
+
+async def test_ack_counts_deliveries_only_where_it_was_asked_for_and_an_id_is_given(host: Host) -> None:
+    a, _b, _c = host.connect(), host.join("b"), host.join("c")
+    a.say(type="hello", sender="a", payload={"caps": ["ack", "seq"]})
+    a.say(type="join", room="r")
+    a.take()
+    a.say(**offer())
+    assert a.take() == []
+    a.say(**offer(id='"1\n'))
+    assert a.take() == [{"type": "ack", "payload": {"delivered": 2, "queued": 0}, "id": '"1\n'}]
+    a.say(**offer(["b", "zz"], id="2"))
+    assert [m["type"] for m in a.take()] == ["error", "ack"]
+
+
+async def test_names_with_quotes_and_any_unicode_travel_unharmed(host: Host) -> None:
+    room, left, right = 'r"\\ü\U0001f600', 'a"\\\u2028', "b\u00a0ß"
+    a, b = host.join(left, room=room), host.join(right, room=room)
+    a.take()
+    b.say(type="offer", room=room, recipient=left, payload=None, id="\x01\U0001f600")
+    assert a.take() == [{"type": "offer", "room": room, "sender": right, "recipient": left, "id": "\x01\U0001f600"}]
+
+
+@pytest.mark.parametrize("size", [0, 80, 125, 126, 4000, 5000, 60000, 65300])
+async def test_payload_of_any_length_arrives_byte_for_byte(host: Host, size: int) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    text = '"' + "ü" * (size // 2) + '"'
+    b.say('{"type":"message","room":"r","recipient":"a","payload":' + text + "}")
+    b.say('{"type":"message","room":"r","payload":' + text + "}")
+    for _, payload in a.take_frames():
+        assert payload.endswith(b'"payload":' + text.encode() + b"}")
+
+
+async def test_messages_of_one_turn_go_out_in_order_in_one_send(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    sends = a.transport.sends
+    b.feed(b"".join(frame(TEXT, json.dumps(offer("a" if i % 2 else None, id=str(i)))) for i in range(40)))
+    assert [m["id"] for m in a.take()] == [str(i) for i in range(40)]
+    assert a.transport.sends == sends + 1
+
+
+async def test_a_thousand_members_come_and_go_and_are_found_all_the_time(host: Host) -> None:
+    host = Host(peers_per_room=0, rooms_per_connection=0)
+    chance = random.Random(7)
+    inside: dict[str, Client] = {}
+    for step in range(3000):
+        name = f"p{chance.randrange(300)}"
+        if name in inside:
+            inside.pop(name).vanish()
+        else:
+            inside[name] = host.join(name)
+        if step % 100 == 0:
+            room = host.relay.find_room("r")
+            assert room is not None
+            assert {member.name for member in room.members} == set(inside)
+            assert all(room.find(peer) is not None for peer in inside)
+            assert room.find("nobody") is None
+    for client in inside.values():
+        client.vanish()
+    assert host.relay.room_count == host.relay.connections == 0
+
+
+# ---- frames (RFC 6455)
+
+
+async def test_fragmented_message_is_one_message_and_control_frames_may_come_between(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    text = json.dumps(offer("a"), ensure_ascii=False).encode()
+    b.feed(frame(TEXT, text[:10], fin=False) + frame(PING, b"?") + frame(0, b"", fin=False) + frame(0, text[10:]))
+    assert [m["type"] for m in a.take()] == ["offer"]
+    assert b.take_frames() == [(PONG, b"?")]
+
+
+async def test_bytes_that_dribble_in_one_by_one_make_the_same_messages(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    for byte in frame(TEXT, json.dumps(offer("a"))) * 2:
+        b.feed(bytes([byte]))
+    assert [m["type"] for m in a.take()] == ["offer", "offer"]
+
+
+BROKEN = {
+    "reserved bit": (frame(TEXT, "{}", rsv=4), 1002),
+    "reserved bit of a ping": (frame(PING, "", rsv=1), 1002),
+    "unmasked frame": (frame(TEXT, "{}", masked=False), 1002),
+    "unknown opcode": (frame(3, "{}"), 1002),
+    "unknown control opcode": (frame(11, ""), 1002),
+    "continuation of nothing": (frame(0, "{}"), 1002),
+    "new message inside a message": (frame(TEXT, "{", fin=False) + frame(TEXT, "}"), 1002),
+    "fragmented ping": (frame(PING, "", fin=False), 1002),
+    "long ping": (frame(PING, "x" * 126), 1002),
+    "binary frame": (frame(BINARY, b"{}"), 1003),
+    "invalid UTF-8": (frame(TEXT, b'{"type":"\xff"}'), 1007),
+    "invalid UTF-8 over fragments": (frame(TEXT, b'"\xc3', fin=False) + frame(0, b'"'), 1007),
+    "message above the limit": (frame(TEXT, "x" * 65537), 1009),
+    "fragments above the limit": (frame(TEXT, "x" * 40000, fin=False) + frame(0, "x" * 40000, fin=False), 1009),
+    "too many fragments": (frame(TEXT, "", fin=False) + frame(0, "", fin=False) * 4096, 1009),
+    "length with the top bit": (b"\x81\xff\xff\xff\xff\xff\xff\xff\xff\xff", 1002),
+    "close code 0": (frame(CLOSE, b"\x00\x00"), 1002),
+    "close code 1005": (frame(CLOSE, b"\x03\xed"), 1002),
+    "close code 1006": (frame(CLOSE, b"\x03\xee"), 1002),
+    "close code 5000": (frame(CLOSE, b"\x13\x88"), 1002),
+    "close of one byte": (frame(CLOSE, b"\x03"), 1002),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+async def test_broken_frames_cost_their_sender_the_connection_and_nobody_else(host: Host, what: str) -> None:
+    data, code = BROKEN[what]
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.feed(data)
+    assert b.take_close() == code
+    assert [(m["type"], m["payload"]["reason"]) for m in a.take()] == [("peer-left", "lost")]
+    b.feed(frame(TEXT, json.dumps(offer("a"))) * 3 + b"\x00" * 70000)  # read and thrown away
+    assert a.take() == b.take_frames() == []
+    assert b.transport.is_shut
+    assert not b.transport.is_gone
+    host.advance(2.5)
+    assert b.transport.is_gone
+    assert host.relay.connections == 1
+
+
+@pytest.mark.parametrize("payload", [b"", b"\x03\xe8", b"\x03\xe8bye", b"\x0f\xa0", b"\x03\xf3"])
+async def test_close_is_answered_with_the_same_code_and_then_the_connection_is_gone(host: Host, payload: bytes) -> None:
+    a = host.join("a")
+    a.feed(frame(CLOSE, payload))
+    assert a.take_frames() == [(CLOSE, payload[:2])]
+    assert a.transport.is_gone
+    assert host.relay.connections == host.relay.room_count == 0
+
+
+async def test_nothing_behind_a_close_is_handled(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.feed(frame(CLOSE, b"\x03\xe8") + frame(TEXT, json.dumps(offer("a"))))
+    assert [m["type"] for m in a.take()] == ["peer-left"]
+    assert b.take_frames() == [(CLOSE, b"\x03\xe8")]
+
+
+@pytest.mark.parametrize(("payload", "reason"), [(b"", "left"), (b"\x03\xe8", "left"), (b"\x03\xe9", "lost")])
+async def test_closing_normally_is_leaving_anything_else_is_being_lost(host: Host, payload: bytes, reason: str) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.feed(frame(CLOSE, payload))
+    (left,) = a.take()
+    assert left["payload"]["reason"] == reason
+
+
+# ---- slow readers
+
+
+async def test_what_the_kernel_refuses_waits_and_goes_out_in_order(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    a.transport.accepts = 100
+    for i in range(10):
+        b.say(**offer("a", id=str(i)))
+    assert len(a.transport.sent) == 100
+    (blocked,) = host.edge.blocked
+    while host.edge.blocked:
+        a.transport.accepts = 77
+        blocked.writable()
+        host.run()
+    assert [m["id"] for m in a.take()] == [str(i) for i in range(10)]
+    assert blocked.waiting_bytes == 0
+
+
+async def test_slow_reader_is_closed_4003_and_delays_nobody(host: Host) -> None:
+    host = Host(output_bytes=50_000)
+    slow, b, c = host.join("slow"), host.join("b"), host.join("c")
+    for client in (slow, b, c):
+        client.take()
+    slow.transport.accepts = 0
+    for _ in range(60):
+        b.say(type="message", room="r", payload="x" * 1000)
+        assert [m["type"] for m in c.take()] == ["message"]
+    (blocked,) = host.edge.blocked
+    assert 50_000 < blocked.waiting_bytes < 150_000
+    host.advance(1.0)
+    assert c.take() == []
+    host.advance(0.5)
+    assert [m["type"] for m in c.take()] == ["peer-left"]
+    slow.transport.accepts = None
+    blocked.writable()
+    host.run()
+    assert slow.take_close() == 4003
+    host.advance(3)
+    assert slow.transport.is_gone
+    assert not host.edge.blocked
+
+
+async def test_slow_reader_that_never_reads_again_is_gone_after_two_seconds(host: Host) -> None:
+    host = Host(output_bytes=1000)
+    slow, b = host.join("slow"), host.join("b")
+    slow.transport.accepts = 0
+    b.say(type="message", room="r", payload="x" * 2000)
+    host.advance(4)
+    assert slow.transport.is_gone
+    assert not host.edge.blocked
+    assert host.relay.connections == 1
+
+
+async def test_burst_that_is_read_within_a_second_closes_nobody(host: Host) -> None:
+    reader, b = host.join("reader"), host.join("b")
+    reader.take()
+    reader.transport.accepts = 0
+    for _ in range(100):
+        b.feed(frame(TEXT, json.dumps(offer("reader", payload="x" * 60000))))
+    (blocked,) = host.edge.blocked
+    assert blocked.waiting_bytes > 5_000_000
+    host.advance(0.5)
+    reader.transport.accepts = None
+    blocked.writable()
+    host.advance(5)
+    assert len(reader.take()) == 100
+
+
+async def test_pings_of_a_peer_that_reads_no_pongs_are_bounded_too(host: Host) -> None:
+    host = Host(output_bytes=10_000)
+    a = host.join("a")
+    a.transport.accepts = 0
+    for _ in range(200):
+        a.feed(frame(PING, b"x" * 125) * 10)
+    host.advance(4)
+    assert a.transport.is_gone
+
+
+async def test_all_slow_readers_together_may_owe_no_more_than_the_worker_grants() -> None:
+    host = Host(output_bytes=1000, peers_per_room=0)
+    slow = [host.join(f"s{i}") for i in range(40)]
+    b = host.join("b")
+    for client in slow:
+        client.transport.accepts = 0
+    for _ in range(30):
+        b.say(type="message", room="r", payload="x" * 60000)
+    waiting = [connection.waiting_bytes for connection in host.relay.all_connections()]
+    assert sum(waiting) < (32 + 40 * 0.2) * (1 << 20)
+
+
+# ---- time
+
+
+async def test_silent_peer_is_pinged_and_closed_4002_after_two_unanswered_pings(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    for _ in range(2):
+        host.advance(25.5)
+        assert [opcode for opcode, _ in b.take_frames()] == [PING]
+        a.take_frames()
+        a.feed(frame(PONG))
+    host.advance(25)
+    assert b.take_close() == 4002
+    assert [m for opcode, m in a.take_frames() if opcode == TEXT][0].startswith(b'{"type":"peer-left"')
+
+
+async def test_any_frame_is_life(host: Host) -> None:
+    a = host.join("a")
+    for _ in range(10):
+        host.advance(24)
+        a.say(type="ping")
+        assert a.take_frames()[-1][0] == TEXT
+    assert not a.transport.is_gone
+
+
+async def test_handshake_that_never_ends_is_dropped_after_ten_seconds(host: Host) -> None:
+    client = host.accept()
+    client.feed(b"GET /ws HTTP/1.1\r\n")
+    host.advance(9.5)
+    assert not client.transport.is_gone
+    host.advance(1)
+    assert client.transport.is_gone
+    assert host.relay.connections == 0
+
+
+async def test_connection_that_joins_nothing_is_closed_4007_and_hello_is_enough(host: Host) -> None:
+    idle, greeted = host.connect(), host.connect()
+    greeted.say(type="hello")
+    for _ in range(61):
+        host.advance(1)
+        idle.feed(frame(PONG))
+        greeted.feed(frame(PONG))
+    assert idle.take_close() == 4007
+    assert CLOSE not in [opcode for opcode, _ in greeted.take_frames()]
+
+
+async def test_server_close_is_final_for_rooms_and_waits_for_the_peer_at_most_two_seconds(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    (connection,) = [c for c in host.relay.all_connections() if c.peer == "b"]
+    connection.send_close(1001)
+    connection.send(b"{}")
+    host.run()
+    assert b.take_frames() == [(CLOSE, b"\x03\xe9")]
+    assert a.take()[0]["payload"]["reason"] == "closed"
+    b.vanish()
+    assert host.relay.connections == 1
+
+
+async def test_connection_that_is_lost_twice_is_lost_once(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.vanish()
+    b.transport.protocol.connection_lost(None)
+    assert len(a.take()) == 1
+
+
+async def test_exception_in_a_handler_costs_that_connection_alone(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(host.hub._handlers, "ping", fail)
+    b.say(type="ping")
+    assert b.take_close() == 1011
+    assert [m["type"] for m in a.take()] == ["peer-left"]
+
+
+async def test_dead_connections_are_freed(host: Host) -> None:
+    import gc
+    import weakref
+
+    a = host.join("a")
+    (connection,) = host.relay.all_connections()
+    gone = weakref.ref(connection)
+    assert isinstance(connection, Connection)
+    gc.disable()
+    try:
+        a.vanish()
+        a.transport.protocol = None
+        del connection, a
+        assert gone() is None, "a cycle keeps the connection until the garbage collector runs"
+    finally:
+        gc.enable()
