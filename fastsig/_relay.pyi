@@ -1,7 +1,7 @@
 """What Python sees of `_relay.pyx`; `make lint` compares the two."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, final
+from typing import Any, Protocol
 
 from picows import WSFrame, WSListener, WSTransport
 

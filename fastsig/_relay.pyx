@@ -4,10 +4,10 @@
 """Connections, rooms and the relay between them: the one module that a message passes at run time.
 
 Data layout first, hot loop last. A `Connection` is at once the picows listener of a WebSocket and the transport that
-picows writes to, so *every* byte to a peer goes through its one output buffer. A `Room` maps peer ids to `Member`s; the
-`Relay` owns the rooms, the list of connections with something to send, and the timer wheel.
+picows writes to, so *every* byte to a peer goes through its one output buffer. A `Room` maps peer ids to `Member`s;
+the `Relay` owns the rooms, the list of connections with something to send, and the timer wheel.
 
-It must not know: what a join means, who may do what (`hub` decides), how a socket is accepted (`connection`), processes.
+It must not know what a join means, who may do what (`hub`), how a socket is accepted (`connection`), or processes.
 It reaches them through the callables and the `edge` object given at start.
 
 Invariants
@@ -20,7 +20,6 @@ Invariants
 Read next: `hub` for the rare messages, `connection` for how a connection begins and ends.
 """
 
-cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
@@ -35,11 +34,11 @@ import os
 
 import picows
 
-from .errors import CloseCode, InvariantError
+from .errors import InvariantError
 
 if not (2, 3, 1) <= tuple(int(part) for part in picows.__version__.split(".")[:3]) < (2, 4):
-    # `cimport picows` froze the layout of its objects into this module (ARCHITECTURE §6): a mixed install corrupts memory.
-    raise ImportError(f"fastsig needs picows >= 2.3.1, < 2.4, found {picows.__version__}: pip install 'picows>=2.3.1,<2.4'")
+    # `cimport picows` froze the layout of its objects into this module: a mixed install would corrupt memory.
+    raise ImportError(f"fastsig needs another picows than {picows.__version__}: pip install 'picows>=2.3.1,<2.4'")
 
 
 cdef extern from "_scan.h" nogil:
@@ -171,7 +170,7 @@ cdef struct Slot:
 
 
 cdef class Table:
-    """Open addressing with linear probing, power-of-two size, at most half full; removal shifts back (no tombstones)."""
+    """Open addressing, linear probing, power-of-two size, at most half full; removal shifts back (no tombstones)."""
 
     cdef Slot *slots
     cdef size_t mask
@@ -335,7 +334,8 @@ def scan(bytes data not None):
     message = message_of(&envelope)
     return verdict, {
         "type": message.type, "room": message.room, "sender": message.sender, "id": message.id,
-        "payload": message.payload, "recipients": message.recipients, "recipient_is_list": bool(envelope.recipient_is_list),
+        "payload": message.payload, "recipients": message.recipients,
+        "recipient_is_list": bool(envelope.recipient_is_list),
     }
 
 
@@ -378,7 +378,7 @@ cdef inline bint is_valid_close_code(int code) noexcept:
 
 
 class _Socket:
-    """What picows asks of a socket when a connection is made: options that uvloop or the kernel default has set already."""
+    """What picows asks of a socket when a connection is made: options that uvloop or the kernel has set already."""
 
     def fileno(self):
         return -1
@@ -398,8 +398,8 @@ cdef object SOCKET = _Socket()
 cdef class Connection(WSListener):
     """One WebSocket, from its acceptance to its end.
 
-    `transport` is what the edge closes in the end. One without a socket of its own is written to by its `send(bytes) -> int`,
-    which says how many bytes it took and raises BlockingIOError for none. `context` is the hub's.
+    `transport` is what the edge closes in the end. One without a socket of its own is written to by its
+    `send(bytes) -> int`, which says how many bytes it took and raises BlockingIOError for none. `context` is the hub's.
     """
 
     cdef readonly Relay relay
@@ -709,9 +709,9 @@ cdef class Connection(WSListener):
     cdef int _overdraw(self, size_t over) except -1:
         """`over` bytes above the limit for slow readers are with us.
 
-        A burst is not a slow reader: 300 peers that each send 16 offers to one that reads queue 12 MB within one turn, and
-        the kernel takes 3 of them before the reader has had any time at all. So a connection may stay above the limit for
-        `OVER_S`, as long as all of this worker together stay below `OVERDRAFT`; what goes beyond either is closed 4003."""
+        A burst is not a slow reader: 300 peers that each send 16 offers to one that reads queue 12 MB within one turn,
+        and the kernel takes 3 of them before the reader has had any time at all. So a connection may stay above the
+        limit for `OVER_S`, as long as all of this worker together stay below `OVERDRAFT`; then it is closed."""
         self.relay.overdraft += over - self.overdraft
         self.overdraft = over
         if not over:
@@ -886,9 +886,10 @@ cdef class Connection(WSListener):
 cdef class Relay:
     """All rooms and connections of one worker.
 
-    `hub` gives the callables: `receive(connection, message)` for what is not relayed, `refuse(connection, code, room, id,
-    recipients)`, `depart(connection, reason)` when a connection leaves all its rooms. `edge` gives `block(connection)` and
-    `unblock(connection)` (watch its socket for room), `linger(connection)` (its close frame is out), `drop(transport)`.
+    `hub` gives the callables: `receive(connection, message)` for what is not relayed, `refuse(connection, code, room,
+    id, recipients)`, `depart(connection, reason)` when a connection leaves all its rooms. `edge` gives
+    `block(connection)` and `unblock(connection)` (watch its socket for room), `linger(connection)` (its close frame is
+    out), `drop(transport)`.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     """
 

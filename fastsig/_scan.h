@@ -546,7 +546,7 @@ static inline int fs_has_name_twice(const fs_envelope *out)
     return 0;
 }
 
-/* The list at p. Of more than 32 names each is checked, but not whether one comes twice: that is quadratic. */
+/* The list at p. Whether a name comes twice is asked only of good names and of at most 32: it is quadratic. */
 static const char *fs_read_recipients(fs_input in, const char *p, fs_envelope *out, unsigned *faults)
 {
     size_t listed = 0;

@@ -4,9 +4,10 @@ Knows the relay's tables, the structs of `protocol` and the catalogue; knows no 
 comes from the clock it is given (`clock`: monotonic seconds, `unix_clock`: unix seconds), randomness from `make_id`.
 
 Invariants
-- A message is answered by exactly what PROTOCOL §3.1 names, or by one `error`; nothing of a refused message has an effect.
-- `joined` goes out before anything else of that room; the others hear `peer-joined` before they hear from that peer, and
-  nothing of a peer after its `peer-left`.
+- A message is answered by exactly what PROTOCOL §3.1 names, or by one `error`; nothing of a refused message has an
+  effect.
+- `joined` goes out before anything else of that room; the others hear `peer-joined` before they hear from that peer,
+  and nothing of a peer after its `peer-left`.
 """
 
 import secrets
@@ -29,10 +30,18 @@ ERROR_WINDOW_S: Final = 5.0
 
 
 class Hub:
-    """Decides for one worker. `generation` is that of the worker's slot: ordinals of an earlier life are all smaller."""
+    """Decides for one worker. `generation` is its slot's: the ordinals of an earlier life are all smaller."""
 
-    def __init__(self, relay: Relay, limits: Limits, *, generation: int = 1, clock: Callable[[], float] = time.monotonic,
-                 unix_clock: Callable[[], float] = time.time, make_id: Callable[[], str] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        relay: Relay,
+        limits: Limits,
+        *,
+        generation: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+        make_id: Callable[[], str] | None = None,
+    ) -> None:
         self.is_draining = False
         self._relay = relay
         self._limits = limits
@@ -144,7 +153,7 @@ class Hub:
     # ---- rules
 
     def _admit(self, connection: Connection, name: str, peer: str) -> Room | None:
-        """The room that `peer` may join, None when the join makes it. Raises ProtocolError with the reason it may not."""
+        """The room that `peer` may join, None when the join makes it. Raises ProtocolError when it may not."""
         limits = self._limits
         if self.is_draining:
             raise ProtocolError("draining")

@@ -1,23 +1,23 @@
 """One worker: one process, one event loop, one relay. Executed by the supervisor as `python -m fastsig.worker FD`.
 
 The only module that knows every part. FD is the control channel: its first message, `Boot`, brings configuration, slot
-and the inherited listening sockets; its end means that the supervisor is gone, and the worker closes everybody and ends.
+and the inherited listening sockets; its end means that the supervisor is gone: the worker closes everybody and ends.
 """
 
 import asyncio
+import contextlib
 import gc
+import os
+import select
 import signal
 import socket
-import sys
 import time
 from typing import Final
-
-import uvloop
 
 from . import logs
 from ._relay import Relay
 from .connection import Door, Edge
-from .control import Boot, Channel, Failed, Heartbeat, Ready, Stop, Stopped
+from .control import Boot, Channel, Heartbeat, Ready, Stop, Stopped
 from .errors import CloseCode, ExitCode
 from .hub import Hub
 
@@ -62,7 +62,7 @@ class Worker:
         self._tick()
         self._beat()
         _freeze()
-        self._channel.send(Ready(pid=_pid()))
+        self._channel.send(Ready(pid=os.getpid()))
         stop = await self._stop
         await self._close_all(stop)
         self._send(Stopped())
@@ -92,7 +92,7 @@ class Worker:
             return
 
     async def _close_all(self, stop: Stop) -> None:
-        self.door.is_ready = self.hub.is_draining = False
+        self.door.is_ready = False
         self.hub.is_draining = True
         for server in self._servers:
             server.close()
@@ -100,8 +100,12 @@ class Worker:
             return
         for connection in self.relay.all_connections():
             connection.send_close(CloseCode(stop.code))
-        deadline = time.monotonic() + GOODBYE_S
-        while self.relay.connections and time.monotonic() < deadline:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GOODBYE_S):
+                await self._until_empty()
+
+    async def _until_empty(self) -> None:
+        while self.relay.connections:  # noqa: ASYNC110 (an event in the relay would be there for this moment alone)
             await asyncio.sleep(0.01)
 
 
@@ -112,15 +116,33 @@ def _freeze() -> None:
     gc.set_threshold(10_000, 20, 1_000_000)
 
 
-def _pid() -> int:
-    import os
-
-    return os.getpid()
-
-
 def main(fd: int) -> ExitCode:
     """The process: exit code as in `errors.ExitCode`."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the supervisor hears them and tells us
     channel = Channel(socket.socket(fileno=fd))
-    boot = channel.receive()
+    boot = _receive_boot(channel)
+    if boot is None:
+        return ExitCode.FAILED
+    logs.configure(boot.config.log.level, boot.config.log.format, worker=boot.slot)
+    try:
+        return uvloop.run(_serve(boot, channel))
+    except Exception as reason:  # noqa: BLE001 (the main loop is one of the three places that catch broadly)
+        _log.exception("worker_failed")
+        channel.send(Failed(reason=f"{type(reason).__name__}: {reason}"))
+        return ExitCode.FAILED
+
+
+def _receive_boot(channel: Channel) -> Boot | None:
+    """The first message, sent before this process began; None when the supervisor is gone already."""
+    select.select([channel.fileno()], [], [])
+    message = channel.receive()
+    return message if isinstance(message, Boot) else None
+
+
+async def _serve(boot: Boot, channel: Channel) -> ExitCode:
+    return await Worker(boot, channel).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,7 +1,7 @@
 """The wscat session of README.md, typed into the npm package wscat in two terminals and compared line for line.
 
-A fenced block ```text wscat-1 holds what the first terminal shows, ```text wscat-2 the second. A line `$ …` starts
-wscat, `> …` is typed, every other line must appear as it is; only the numbers of `"n"` may differ.
+The fenced blocks ```text wscat-1 hold what the first terminal shows, ```text wscat-2 the second. A line `> …` is typed,
+every other line must appear as it is; only the numbers of `"n"` may differ. The command stands in the text.
 """
 
 import contextlib
@@ -10,7 +10,6 @@ import json
 import os
 import pty
 import re
-import shlex
 import struct
 import subprocess
 import termios
@@ -29,6 +28,8 @@ BLOCK = re.compile(r"^```text wscat-(\d)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r'"n":\d+')
 # What is typed, and the answer to wait for before anybody types again; what is not here has no answer of its own.
 ANSWERS = {"join": "joined", "leave": "left", "hello": "welcome", "ping": "pong"}
+COMMAND = "npx wscat -c ws://localhost:8080/ws"
+CONNECTED = "Connected (press CTRL+C to quit)"  # wscat's first line, which the README leaves out
 LINE_S = 10.0
 COLUMNS = 1000  # nothing wraps
 
@@ -83,6 +84,7 @@ class Terminal:
         self._changed = threading.Condition()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self.wait_for(lambda _: self.is_connected)
 
     def _read(self) -> None:
         with contextlib.suppress(OSError):  # EIO is how the end of a terminal looks
@@ -91,11 +93,16 @@ class Terminal:
                     self._screen.feed(data.decode())
                     self._changed.notify_all()
 
+    @property
+    def is_connected(self) -> bool:
+        with self._changed:
+            return CONNECTED in self._screen.lines
+
     def shown(self) -> list[str]:
         """The lines so far, without the prompt that waits."""
         with self._changed:
             lines = [line.rstrip() for line in self._screen.lines]
-        return [line for line in lines if line not in ("", ">")]
+        return [line for line in lines if line not in ("", ">", CONNECTED)]
 
     def type(self, line: str) -> None:
         os.write(self._master, line.encode() + b"\r")
@@ -118,17 +125,13 @@ class Terminal:
         os.close(self._master)
 
 
-def _sessions() -> dict[str, list[str]]:
-    text = README.read_text(encoding="utf-8") if README.exists() else ""
-    return {number: [line for line in block.splitlines() if line] for number, block in BLOCK.findall(text)}
-
-
-def _command(line: str, url: str, node: Path) -> list[str]:
-    """`$ npx wscat -c ws://…` with the wscat of the tests and the server of the tests."""
-    words = shlex.split(line.removeprefix("$ "))
-    options = words[words.index("wscat") + 1 :]
-    assert any(word.startswith("ws://localhost:8080/") for word in options), line
-    return [str(node / "node_modules" / ".bin" / "wscat"), *(url if "://" in word else word for word in options)]
+def _sessions(text: str) -> list[list[str]]:
+    """What each of the terminals shows, the blocks of each in a row."""
+    sessions: dict[str, list[str]] = {}
+    for number, block in BLOCK.findall(text):
+        sessions.setdefault(number, []).extend(line for line in block.splitlines() if line)
+    assert set(sessions) == {"1", "2"}, "README.md has no blocks `text wscat-1` and `text wscat-2`"
+    return [sessions["1"], sessions["2"]]
 
 
 def _any_number(lines: list[str]) -> list[str]:
@@ -191,13 +194,11 @@ def test_screen_shows_what_a_terminal_shows() -> None:
 
 
 def test_wscat_session_of_the_readme(server: Server, node: Path) -> None:
-    sessions = _sessions()
-    assert set(sessions) == {"1", "2"}, "README.md has no blocks `text wscat-1` and `text wscat-2`"
+    text = README.read_text(encoding="utf-8")
+    assert f"`{COMMAND}`" in text
+    command = [str(node / "node_modules" / ".bin" / "wscat"), "-c", server.url]
     with contextlib.ExitStack() as stack:
-        sides = [
-            Side(stack.enter_context(Terminal(_command(lines[0], server.url, node))), lines[1:])
-            for _, lines in sorted(sessions.items())
-        ]
+        sides = [Side(stack.enter_context(Terminal(command)), lines) for lines in _sessions(text)]
         _drive(sides)
         for side in sides:
             assert _any_number(side.terminal.shown()) == _any_number(side.lines)

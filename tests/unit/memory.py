@@ -8,9 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 from fastsig.config import Limits
+
+from fastsig._relay import Connection, Relay
 from fastsig.connection import Discard, Door
 from fastsig.hub import Hub
-from fastsig._relay import Connection, Relay
 
 HEAD = (
     "GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -55,7 +56,7 @@ def parse_frames(data: bytes) -> list[tuple[int, bytes]]:
 
 
 class Transport:
-    """Stands where a TCP transport stands. `accepts` is how many more bytes the kernel would take (None: any number)."""
+    """Stands where a TCP transport stands. `accepts`: how many more bytes the kernel would take (None: any number)."""
 
     def __init__(self, host: "Host", protocol: Any) -> None:
         self.sent = bytearray()

@@ -57,7 +57,8 @@ async def test_many_messages_pipelined_behind_the_head_are_all_handled(host: Hos
     other = host.join("other")
     client = host.accept()
     messages = frame(TEXT, json.dumps({"type": "join", "room": "r", "sender": "a"})) + b"".join(
-        frame(TEXT, json.dumps({"type": "message", "room": "r", "id": str(i), "payload": "x" * 1000})) for i in range(100)
+        frame(TEXT, json.dumps({"type": "message", "room": "r", "id": str(i), "payload": "x" * 1000}))
+        for i in range(100)
     )
     client.feed(HEAD.format(target="/ws").encode() + messages)
     assert [m.get("id") for m in other.take()] == [None, *map(str, range(100))]
@@ -74,6 +75,12 @@ async def test_health_is_answered_on_the_public_port(host: Host, path: str) -> N
 
 
 SECRET = "sup3rsecret"
+
+
+def _head(old: str, new: str) -> str:
+    return HEAD.format(target="/ws").replace(old, new)
+
+
 REFUSED = {
     "another path": (f"GET /{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 404),
     "another method": (f"POST /ws?{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 405),
@@ -97,15 +104,15 @@ REFUSED = {
     "too many headers": ("GET /ws HTTP/1.1\r\nHost: x\r\n" + "A: b\r\n" * 200 + "\r\n", 400),
     "head too long": ("GET /ws HTTP/1.1\r\nHost: x\r\nA: " + SECRET * 2000, 400),
     "room not UTF-8": (HEAD.format(target="/ws?room=%ff"), 400),
-    "no key": (HEAD.format(target="/ws").replace("dGhlIHNhbXBsZSBub25jZQ==", ""), 400),
-    "short key": (HEAD.format(target="/ws").replace("dGhlIHNhbXBsZSBub25jZQ==", "AAAA"), 400),
-    "two keys": (HEAD.format(target="/ws").replace("Upgrade: w", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nUpgrade: w"), 400),
-    "version 8": (HEAD.format(target="/ws").replace("Version: 13", "Version: 8"), 400),
-    "version not ASCII": (HEAD.format(target="/ws").replace("Version: 13", "Version: é"), 400),
-    "no upgrade": (HEAD.format(target="/ws").replace("Upgrade: websocket", f"Upgrade: {SECRET}"), 400),
-    "connection without upgrade": (HEAD.format(target="/ws").replace("Connection: Upgrade", "Connection: keep-alive"), 400),
-    "unknown subprotocol": (HEAD.format(target="/ws").replace("Upgrade: w", f"Sec-WebSocket-Protocol: {SECRET}\r\nUpgrade: w"), 400),
-    "token alone": (HEAD.format(target="/ws").replace("Upgrade: w", f"Sec-WebSocket-Protocol: bearer.{SECRET}\r\nUpgrade: w"), 400),
+    "no key": (_head("dGhlIHNhbXBsZSBub25jZQ==", ""), 400),
+    "short key": (_head("dGhlIHNhbXBsZSBub25jZQ==", "AAAA"), 400),
+    "two keys": (_head("Upgrade: w", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nUpgrade: w"), 400),
+    "version 8": (_head("Version: 13", "Version: 8"), 400),
+    "version not ASCII": (_head("Version: 13", "Version: é"), 400),
+    "no upgrade": (_head("Upgrade: websocket", f"Upgrade: {SECRET}"), 400),
+    "connection without upgrade": (_head("Connection: Upgrade", "Connection: keep-alive"), 400),
+    "unknown subprotocol": (_head("Upgrade: w", f"Sec-WebSocket-Protocol: {SECRET}\r\nUpgrade: w"), 400),
+    "token alone": (_head("Upgrade: w", f"Sec-WebSocket-Protocol: bearer.{SECRET}\r\nUpgrade: w"), 400),
 }  # fmt: skip
 
 
@@ -150,7 +157,9 @@ async def test_peer_that_goes_away_in_the_handshake_leaves_nothing(host: Host) -
 
 
 def test_header_names_are_case_insensitive_and_lists_may_span_lines() -> None:
-    head = read_head(b"GET /ws HTTP/1.1\r\nhOsT:x\r\nConnection: keep-alive\r\nCONNECTION:\tUPGRADE ,\r\nupgrade: WebSocket")
+    head = read_head(
+        b"GET /ws HTTP/1.1\r\nhOsT:x\r\nConnection: keep-alive\r\nCONNECTION:\tUPGRADE ,\r\nupgrade: WebSocket"
+    )
     assert head.tokens("connection") == ["keep-alive", "UPGRADE"]
     assert head.one("host") == "x"
     with pytest.raises(HttpError, match="version 13"):

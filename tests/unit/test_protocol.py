@@ -24,7 +24,11 @@ def test_error_is_flat_and_names_code_sentence_and_retry(code: str) -> None:
     entry = CATALOGUE[code]
     text = protocol.error(entry, room=None, id=None, recipients=None, after_ms=None)
     retry = b"true" if entry.retry else b"false"
-    assert text == b'{"type":"error","code":"%b","message":"%b","retry":%b}' % (code.encode(), entry.sentence.encode(), retry)
+    assert text == b'{"type":"error","code":"%b","message":"%b","retry":%b}' % (
+        code.encode(),
+        entry.sentence.encode(),
+        retry,
+    )
 
 
 def test_join_without_payload_is_plain() -> None:
@@ -32,7 +36,10 @@ def test_join_without_payload_is_plain() -> None:
     assert (bytes(join.meta), join.token, join.max_peers, join.trace) == (b"null", None, None, None)
 
 
-@pytest.mark.parametrize("payload", [b"1", b'"x"', b"[]", b'{"max_peers":1.5}', b'{"max_peers":-1}', b'{"token":1}', b'{"max_peers":1e999}'])  # fmt: skip
+WRONG = [b"1", b'"x"', b"[]", b'{"max_peers":1.5}', b'{"max_peers":-1}', b'{"token":1}', b'{"max_peers":1e999}']
+
+
+@pytest.mark.parametrize("payload", WRONG)
 def test_join_with_a_wrong_payload_is_bad(payload: bytes) -> None:
     with pytest.raises(ProtocolError) as refusal:
         protocol.read_join(payload, meta_bytes=1024)

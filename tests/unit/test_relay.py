@@ -1,7 +1,9 @@
 """The relay, its connections and rooms, over peers in memory."""
 
+import gc
 import json
 import random
+import weakref
 
 import pytest
 
@@ -27,7 +29,9 @@ async def test_offer_reaches_its_recipient_with_the_envelope_that_the_server_wri
     a, b, c = host.join("a"), host.join("b"), host.join("c")
     for client in (a, b, c):
         client.take()
-    b.say('{ "sender":"b", "payload" : {"sdp":"x", "n": 1.50e3} ,"extra":[1],"recipient":"\\u0061","room":"r","type":"offer"}')
+    b.say(
+        '{ "sender":"b", "payload" : {"sdp":"x", "n": 1.50e3} ,"e":[1],"recipient":"\\u0061","room":"r","type":"offer"}'
+    )
     (_, payload) = a.take_frames()[0]
     assert payload == b'{"type":"offer","room":"r","sender":"b","recipient":"a","payload":{"sdp":"x", "n": 1.50e3}}'
     assert b.take() == c.take() == []
@@ -348,7 +352,7 @@ async def test_silent_peer_is_pinged_and_closed_4002_after_two_unanswered_pings(
         a.feed(frame(PONG))
     host.advance(25)
     assert b.take_close() == 4002
-    assert [m for opcode, m in a.take_frames() if opcode == TEXT][0].startswith(b'{"type":"peer-left"')
+    assert next(m for opcode, m in a.take_frames() if opcode == TEXT).startswith(b'{"type":"peer-left"')
 
 
 async def test_any_frame_is_life(host: Host) -> None:
@@ -416,9 +420,6 @@ async def test_exception_in_a_handler_costs_that_connection_alone(host: Host, mo
 
 
 async def test_dead_connections_are_freed(host: Host) -> None:
-    import gc
-    import weakref
-
     a = host.join("a")
     (connection,) = host.relay.all_connections()
     gone = weakref.ref(connection)

@@ -1,0 +1,334 @@
+"""The command line: gathers the options, checks them, and hands them to what they are for.
+
+cyclopts reads flags and writes `--help`; `_Sources` adds what flags left open, from the environment and the TOML file.
+Flag > environment > file > default. Whatever goes wrong is one line on stderr and an exit code of `errors.ExitCode`.
+
+Must not import at its top: the supervisor, logging or anything compiled; `--help` and `health` start in a moment.
+The options themselves are in `config`; read `supervisor` next for what `serve` does.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+from urllib.parse import urlsplit
+
+from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Group, Parameter, Token
+from cyclopts.config import Env
+
+from . import __version__
+from .config import (
+    BY_KEY,
+    ENV_BODY,
+    ENV_FILE,
+    ENV_PREFIX,
+    OPTIONS,
+    SECTIONS,
+    Config,
+    Option,
+    build,
+    check,
+    document,
+    read_toml,
+    unknown_variables,
+)
+from .errors import ConfigError, ExitCode, StartError
+
+HEALTH_TIMEOUT_S: Final = 3.0
+
+_SHORT: Final = {"server.host": "--host", "server.port": "--port", "server.workers": "--workers"}
+_DEV: Final[dict[str, Any]] = {"server.host": "localhost", "log.level": "debug", "demo.enabled": True}
+_HERE: Final = {"__module__": __name__}  # classes of the module `types`, the default, count as built-in for cyclopts
+_HELP: Final = """\
+fastsig, a WebRTC signaling server. Without a command: serve.
+
+An option is taken from the first place that names it: flag, environment, TOML file (--config), default.
+`--limits.meta-bytes 512` is `FASTSIG_LIMITS_META_BYTES=512`, and `meta_bytes = 512` under `[limits]` in the file.
+"""
+
+
+class _Sources(Env):
+    """Fills what the flags left open, and remembers where each value came from. One process, one parse.
+
+    An `Env` so that `--help` names the variables; but its own reading knows no empty variable and no JSON list.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ENV_PREFIX, command=False)
+        self.by_key: dict[str, str] = {}
+
+    def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Called by cyclopts between reading the flags and converting the values."""
+        if _flag(arguments, "--dev"):
+            _add(arguments, _DEV, "flag", "--dev")
+        environ = os.environ
+        for option in OPTIONS:
+            if text := environ.get(option.env):
+                _add(arguments, {option.key: _parse(option, text, option.env)}, "env", option.env)
+        values, name = _read_file(_flag(arguments, "--config"), environ)
+        _add(arguments, values, "file", name)
+        workers = BY_KEY["server.workers"]
+        if text := environ.get("WEB_CONCURRENCY"):
+            _add(arguments, {workers.key: _parse(workers, text, "WEB_CONCURRENCY")}, "env", "WEB_CONCURRENCY")
+        self.by_key = {option.key: _origin(arguments, option) for option in OPTIONS}
+
+
+def _flag(arguments: ArgumentCollection, name: str) -> Any:
+    """What was given for a flag that is no option: its text, or True; None when it was not given."""
+    token = next(iter(arguments[name].tokens), None)
+    return token and (token.value or token.implicit_value is True)
+
+
+def _add(arguments: ArgumentCollection, values: Mapping[str, Any], source: str, name: str) -> None:
+    for key, value in values.items():
+        argument = arguments[BY_KEY[key].flag]
+        if not argument.tokens:
+            argument.append(Token(keyword=name, source=source, implicit_value=value))
+
+
+def _origin(arguments: ArgumentCollection, option: Option) -> str:
+    token = next(iter(arguments[option.flag].tokens), None)
+    if token is None:
+        return "default"
+    return f"{'flag' if token.source == 'cli' else token.source} {token.keyword}"
+
+
+def _parse(option: Option, text: str, name: str) -> Any:
+    try:
+        return option.parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}, not {option.show_text(text)}") from None
+
+
+def _read_file(flag: str | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Values by key from the TOML file or text, and what to call it."""
+    import tomllib  # noqa: PLC0415 # 6 ms that most starts do not need
+
+    path, body = flag or environ.get(ENV_FILE), environ.get(ENV_BODY)
+    if not path and not body:
+        return {}, ""
+    if not flag and path and body:
+        raise ConfigError(f"{ENV_FILE} and {ENV_BODY} are both set: unset one")
+    name = path or ENV_BODY
+    try:
+        tree = tomllib.loads(Path(path).read_text(encoding="utf-8") if path else body or "")
+    except OSError as error:
+        raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"{name}: not a TOML file: {error}") from None
+    return read_toml(tree, name), name
+
+
+def _converter(option: Option) -> Callable[[Any, Sequence[Token]], Any]:
+    """Values of flags; those of other sources come converted (cyclopts takes them as they are but for Literals)."""
+
+    def convert(_: Any, tokens: Sequence[Token]) -> Any:
+        if tokens[0].implicit_value is not UNSET:
+            return tokens[0].implicit_value
+        parsed = [_parse(option, token.value, token.keyword or option.flag) for token in tokens]
+        return tuple(item for items in parsed for item in items) if option.is_list else parsed[0]
+
+    return convert
+
+
+def _parameter(option: Option, group: Group) -> Parameter:
+    default = option.show(option.default) if option.default or option.default == 0 else ""
+    return Parameter(
+        alias=_SHORT.get(option.key),
+        converter=_converter(option),
+        group=group,
+        help=option.help,
+        consume_multiple=option.is_list,
+        metavar="INT|auto" if option.key == "server.workers" else None,
+        negative_iterable=(),
+        show_default=(lambda _: default) if default else False,
+        show_choices=bool(option.choices),
+    )
+
+
+def _command_line() -> Any:
+    """The class of what a command line says: `Config` once more, with what cyclopts must know about each option."""
+    sections = []
+    for place, (name, section) in enumerate(SECTIONS.items(), 1):
+        group = Group(name, help=section.__doc__, sort_key=place)
+        fields = [
+            (option.name, Annotated[option.kind, _parameter(option, group)], field(default=option.default))
+            for option in OPTIONS
+            if option.section == name
+        ]
+        made = make_dataclass(section.__name__, fields, frozen=True, namespace=_HERE)
+        sections.append((name, made, field(default_factory=made)))
+    general = Group("General", sort_key=0)
+    config = Parameter(alias="-c", help="TOML file with options.", metavar="FILE", show_default=False, group=general)
+    dev = Parameter(
+        help="Loopback only, debug log, demo page.", negative=(), show_default=False, show_env_var=False, group=general
+    )
+    extra = [
+        ("config", Annotated[str, config], field(default="")),
+        ("dev", Annotated[bool, dev], field(default=False)),
+    ]
+    return make_dataclass("CommandLine", [*extra, *sections], frozen=True, namespace=_HERE)
+
+
+if TYPE_CHECKING:
+    CommandLine = Config
+else:
+    CommandLine = _command_line()
+
+Given = Annotated[CommandLine, Parameter(name="*")]
+Hidden = Annotated[CommandLine, Parameter(name="*", show=False)]
+_NOTHING: Final = CommandLine()
+
+_sources = _Sources()
+app = App(
+    name="fastsig",
+    help=_HELP,
+    version=__version__,
+    config=_sources,
+    print_error=False,
+    exit_on_error=False,
+    result_action="return_value",
+)
+config_app = App(name="config", help="Check, show and document the configuration.")
+app.command(config_app)
+
+
+@app.default
+@app.command
+def serve(*, given: Given = _NOTHING) -> ExitCode | int:
+    """Serve until told to stop (also what fastsig does without a command)."""
+    config = _settle(given)
+    from .supervisor import run  # noqa: PLC0415 # what the other commands never need
+
+    return run(config)
+
+
+@config_app.command(name="check")
+def check_config(
+    *, strict: Annotated[bool, Parameter(negative=(), show_env_var=False)] = False, given: Hidden = _NOTHING
+) -> ExitCode:
+    """Check the configuration and list FASTSIG_* variables that mean nothing. Takes the options of serve.
+
+    Parameters
+    ----------
+    strict
+        Fail, with exit code 1, when there are such variables.
+    """
+    _settle(given)
+    strangers = unknown_variables(os.environ)
+    for name, near in strangers.items():
+        _complain(f"unknown variable {name}" + (f", did you mean {near}?" if near else ""))
+    if strangers and strict:
+        return ExitCode.FAILED
+    _say("the configuration is usable")
+    return ExitCode.OK
+
+
+@config_app.command(name="print")
+def print_config(*, given: Hidden = _NOTHING) -> ExitCode:
+    """Print what is in effect, as TOML, with where it came from; secrets are masked. Takes the options of serve."""
+    config = _settle(given)
+    for section in SECTIONS:
+        _say(f"[{section}]")
+        for option in OPTIONS:
+            if option.section == section:
+                shown = option.show(option.value_in(config))
+                _say(f"{option.name} = {shown}  # {_sources.by_key[option.key]}")
+        _say("")
+    return ExitCode.OK
+
+
+@config_app.command(name="docs")
+def print_docs() -> ExitCode:
+    """Print the page that describes every option."""
+    sys.stdout.write(document())
+    return ExitCode.OK
+
+
+@app.command
+def health(
+    *,
+    ready: Annotated[bool, Parameter(negative=(), show_env_var=False)] = False,
+    url: Annotated[str, Parameter(show_env_var=False, show_default=False)] = "",
+    given: Hidden = _NOTHING,
+) -> ExitCode:
+    """Ask a running server whether it is alive; exit code 0 when it is, else 1.
+
+    Parameters
+    ----------
+    ready
+        Ask whether it takes new connections.
+    url
+        The server, as http://host:port; by default the one that the configuration describes.
+    """
+    import http.client  # noqa: PLC0415 # only here
+
+    base = url or _url_of(_settle(given))
+    host, port, prefix = _split(base)
+    path = f"{prefix}/health/{'ready' if ready else 'live'}"
+    connection = http.client.HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
+    try:
+        connection.request("GET", path)
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        _complain(f"{base}: {str(error) or type(error).__name__}")
+        return ExitCode.FAILED
+    finally:
+        connection.close()
+    if status != http.client.OK:
+        _complain(f"{base}: {'not ready' if ready else 'not alive'}, it answered {status}")
+        return ExitCode.FAILED
+    _say("ready" if ready else "alive")
+    return ExitCode.OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code."""
+    try:
+        return int(app(sys.argv[1:] if argv is None else list(argv)) or 0)
+    except CycloptsError as error:
+        return _complain(str(error), ExitCode.USAGE)
+    except StartError as error:
+        return _complain(str(error), ExitCode.START)
+    except ConfigError as error:
+        return _complain(str(error), ExitCode.USAGE)
+
+
+def _settle(given: Config) -> Config:
+    """The checked Config of a parsed command line."""
+    values = {option.key: option.value_in(given) for option in OPTIONS}
+    config = build(values)
+    check(config, _sources.by_key)
+    return config
+
+
+def _url_of(config: Config) -> str:
+    """Where a server with this configuration is reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104 # is replaced
+    if not config.server.port:
+        raise ConfigError("server.port is 0, so the port is not known here: give --url")
+    return f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
+
+
+def _split(url: str) -> tuple[str, int, str]:
+    """Host, port and path prefix."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host or parts.scheme != "http":
+        raise ConfigError(f"--url: expected http://host:port, not {url}")
+    return host, port or 80, parts.path.rstrip("/")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+def _complain(message: str, code: ExitCode = ExitCode.FAILED) -> ExitCode:
+    """One line on stderr."""
+    sys.stderr.write(f"fastsig: {' '.join(message.split())}\n")
+    return code

@@ -1,0 +1,575 @@
+"""Every option once: its name, type, default, unit, meaning, and whether it reloads.
+
+The dataclasses are what the rest of the program reads; `OPTIONS` is the same as a flat list, for whoever shows, fills
+or documents them. An option has one name in three spellings, which follow from section and field: the flag
+`--limits.meta-bytes`, the variable `FASTSIG_LIMITS_META_BYTES`, and `meta_bytes` under `[limits]` in a TOML file.
+In `limits`, 0 switches a limit off.
+
+Must not know: where values come from (`cli` gathers them), cyclopts (48 ms and 16 MiB in each worker), any I/O.
+Invariant: a `Config` that passed `check` survives `msgspec.json` unchanged; so it goes to the workers.
+Every complaint is a ConfigError of one line that names the option, the value (never a secret) and the cure.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin
+
+from .errors import ConfigError
+
+ENV_PREFIX: Final = "FASTSIG_"
+ENV_FILE: Final = "FASTSIG_CONFIG"
+ENV_BODY: Final = "FASTSIG_CONFIG_BODY"
+HEALTH_PATHS: Final = ("/health/live", "/health/ready", "/livez", "/readyz")
+MASK: Final = "********"
+
+Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"]
+_T = TypeVar("_T")
+_SHOWN_CHARS: Final = 80
+_INT_MOST: Final = 2**53  # what every JSON reader keeps exact
+
+
+@dataclass(frozen=True, slots=True)
+class _Meta:
+    """What a declaration says beyond type and default."""
+
+    help: str
+    unit: str
+    is_reloadable: bool
+    has_effect: bool
+    is_secret: bool
+    least: float
+    most: float
+
+
+def _option(  # noqa: PLR0913 # a declaration reads best as one call
+    default: _T,
+    help: str,
+    *,
+    unit: str = "",
+    reloads: bool = False,
+    has_effect: bool = False,
+    secret: bool = False,
+    least: float = 0,
+    most: float = _INT_MOST,
+) -> _T:
+    meta = _Meta(help, unit, reloads, has_effect, secret, least, most)
+    made: _T = field(default=default, repr=not secret, metadata={"option": meta})
+    return made
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where and how the server listens."""
+
+    host: str = _option(
+        "localhost",
+        "Address to listen on; localhost is the loopback of IPv4 and IPv6, :: or 0.0.0.0 is everywhere.",
+        has_effect=True,
+    )
+    port: int = _option(8080, "Port to listen on; 0 takes a free one.", most=65535, has_effect=True)
+    path: str = _option("/ws", "Path of the WebSocket.", has_effect=True)
+    workers: int | Literal["auto"] = _option(
+        "auto",
+        "Worker processes; auto is one per usable core. WEB_CONCURRENCY sets the default.",
+        least=1,
+        most=1024,
+    )
+    backlog: int = _option(
+        4096, "Connections that may wait to be accepted, per listening socket.", least=1, most=65535, has_effect=True
+    )
+    drain_seconds: float = _option(20.0, "Time over which connections are closed at shutdown.", unit="s", reloads=True)
+    tls_cert: str = _option("", "File with the certificate chain, PEM; empty: no TLS.", reloads=True)
+    tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
+    origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)
+    trusted_proxies: tuple[str, ...] = _option(
+        (), "Addresses or networks whose forwarding headers are believed.", reloads=True
+    )
+    proxy_protocol: bool = _option(False, "Expect a PROXY protocol header on each connection.")
+    moves: bool = _option(
+        True,
+        "Move connections after the handshake to the worker that owns their room.",
+        reloads=True,
+    )
+    runtime_dir: str = _option(
+        "",
+        "Folder of the control socket; empty: $XDG_RUNTIME_DIR/fastsig, else a temporary one of the user.",
+    )
+    echo_path: str = _option("", "Path that echoes, for conformance tests from loopback; empty: none.")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one peer, one address and the server may use; 0 switches a limit off."""
+
+    message_bytes: int = _option(
+        65536, "Longest message; a longer one closes with 1009.", unit="bytes", least=1024, most=1 << 24,
+        reloads=True, has_effect=True,
+    )  # fmt: skip
+    messages_per_s: int = _option(50, "Messages per connection, sustained.", unit="messages/s", reloads=True)
+    message_burst: int = _option(200, "Messages per connection at once.", unit="messages", reloads=True)
+    bytes_per_s: int = _option(262144, "Bytes received per connection.", unit="bytes/s", reloads=True)
+    fanout_bytes_per_s: int = _option(
+        8388608, "Bytes that one connection causes to be sent to others.", unit="bytes/s", reloads=True
+    )
+    joins_per_s: int = _option(5, "Joins per connection; the burst is four times that.", unit="joins/s", reloads=True)
+    rooms_per_connection: int = _option(16, "Rooms of one connection.", most=1024, reloads=True, has_effect=True)
+    peers_per_room: int = _option(512, "Peers in one room.", most=65535, reloads=True, has_effect=True)
+    rooms: int = _option(0, "Rooms per worker.", reloads=True, has_effect=True)
+    connections: int = _option(0, "Connections to this server.", reloads=True)
+    connections_per_address: int = _option(1000, "Connections from one address (IPv6: /64), per worker.", reloads=True)
+    connects_per_s_per_address: int = _option(
+        20, "New connections from one address; the burst is five times that.", unit="connections/s", reloads=True
+    )
+    connects_per_s: int = _option(0, "New connections in all.", unit="connections/s", reloads=True)
+    handshake_seconds: float = _option(
+        10.0, "Time for the HTTP request to be complete.", unit="s", reloads=True, has_effect=True
+    )
+    first_message_seconds: float = _option(
+        60.0, "Time from the handshake to the first hello or join.", unit="s", reloads=True, has_effect=True
+    )
+    output_bytes: int = _option(
+        1048576, "Output that a slow reader may leave behind; more closes with 4003.", unit="bytes",
+        reloads=True, has_effect=True,
+    )  # fmt: skip
+    meta_bytes: int = _option(
+        1024,
+        "Longest metadata of a peer, below message_bytes.",
+        unit="bytes",
+        least=1,
+        reloads=True,
+        has_effect=True,
+    )
+    errors_per_5s: int = _option(
+        20, "Bad messages within five seconds; one more closes with 4509.", most=10000, reloads=True, has_effect=True
+    )
+    dry_run: bool = _option(False, "Count what the rate limits would refuse, refuse nothing.", reloads=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """Who may connect and join."""
+
+    required: bool = _option(False, "Refuse peers without a token.", reloads=True)
+    keys: tuple[str, ...] = _option((), "Keys that check tokens: secrets, PEM or JWK files.", reloads=True, secret=True)
+    jwks_url: str = _option("", "Where the issuer publishes its keys.", reloads=True)
+    issuer: str = _option("", "The iss that a token must have; empty: any.", reloads=True)
+    audience: str = _option("", "The aud that a token must have; empty: any.", reloads=True)
+    algorithms: tuple[Algorithm, ...] = _option(
+        ("HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"),
+        "Signature algorithms that are accepted.",
+        reloads=True,
+    )
+    webhook_url: str = _option("", "Asked by POST whether a peer may join; empty: not asked.", reloads=True)
+    webhook_secret: str = _option("", "Signs the requests to the webhook.", reloads=True, secret=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """What survives a dropped connection."""
+
+    ttl_seconds: float = _option(30.0, "Time that a session waits for its peer to come back.", unit="s", reloads=True)
+    ring_frames: int = _option(256, "Messages kept for a session.", reloads=True)
+    ring_bytes: int = _option(262144, "Bytes kept for a session.", unit="bytes", reloads=True)
+    ring_seconds: float = _option(60.0, "Age of the oldest message kept for a session.", unit="s", reloads=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """Where sessions are kept."""
+
+    url: str = _option("memory:", "Store of the sessions.")
+
+
+@dataclass(frozen=True, slots=True)
+class Bus:
+    """What joins several hosts."""
+
+    url: str = _option("", "Bus between hosts; empty: this host alone.")
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The port for operators."""
+
+    host: str = _option("127.0.0.1", "Address of the operations port.")
+    port: int = _option(9600, "Operations port; 0: none.", most=65535)
+    token: str = _option("", "Token that its clients must show; needed beyond loopback.", reloads=True, secret=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """What is logged, on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = _option(
+        "info", "Least level logged.", reloads=True, has_effect=True
+    )
+    format: Literal["auto", "text", "json"] = _option(
+        "auto", "Text or JSON lines; auto is text on a terminal, JSON elsewhere.", has_effect=True
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Credentials for TURN servers."""
+
+    urls: tuple[str, ...] = _option((), "TURN and STUN servers given to peers.", reloads=True)
+    secret: str = _option("", "Secret shared with the TURN server.", reloads=True, secret=True)
+    ttl_seconds: float = _option(3600.0, "Life of a TURN credential.", unit="s", reloads=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Tracing:
+    """OpenTelemetry."""
+
+    enabled: bool = _option(False, "Export traces.")
+    relay_sample: int = _option(0, "Trace one in this many relayed messages; 0: none.", reloads=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """The demo page."""
+
+    enabled: bool = _option(False, "Serve the demo page at /demo; --dev does.")
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All options, typed. A section of a TOML file is a field here."""
+
+    server: Server = field(default_factory=Server)
+    limits: Limits = field(default_factory=Limits)
+    auth: Auth = field(default_factory=Auth)
+    session: Session = field(default_factory=Session)
+    store: Store = field(default_factory=Store)
+    bus: Bus = field(default_factory=Bus)
+    ops: Ops = field(default_factory=Ops)
+    log: Log = field(default_factory=Log)
+    turn: Turn = field(default_factory=Turn)
+    tracing: Tracing = field(default_factory=Tracing)
+    demo: Demo = field(default_factory=Demo)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option, seen from outside. `kind` is its type, `key` its name in messages: `limits.meta_bytes`."""
+
+    section: str
+    name: str
+    kind: Any
+    default: Any
+    meta: _Meta
+
+    @property
+    def key(self) -> str:
+        return f"{self.section}.{self.name}"
+
+    @property
+    def flag(self) -> str:
+        return f"--{self.section}.{self.name.replace('_', '-')}"
+
+    @property
+    def env(self) -> str:
+        return f"{ENV_PREFIX}{self.section}_{self.name}".upper()
+
+    @property
+    def help(self) -> str:
+        return self.meta.help if self.meta.has_effect else f"{self.meta.help.removesuffix('.')} (no effect yet)"
+
+    @property
+    def is_list(self) -> bool:
+        return get_origin(self.kind) is tuple
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that this option, or a member of this list, may be; () where any text may stand."""
+        kind = get_args(self.kind)[0] if self.is_list else self.kind
+        return get_args(kind) if get_origin(kind) is Literal else ()
+
+    def value_in(self, config: Config) -> Any:
+        return getattr(getattr(config, self.section), self.name)
+
+    def show(self, value: Any) -> str:
+        """As TOML, one line, fit for logs and terminals: secrets and passwords in URLs are masked."""
+        if self.meta.is_secret and value:
+            return json.dumps([MASK] * len(value) if self.is_list else MASK)
+        if isinstance(value, str):
+            value = _without_password(value)
+        elif self.is_list:
+            value = [_without_password(item) for item in value]
+        return json.dumps(value, ensure_ascii=False)
+
+    def show_text(self, text: str) -> str:
+        """What somebody typed where a value was expected: short, on one line, masked where it may be a secret."""
+        return json.dumps(MASK if self.meta.is_secret else _without_password(text[:_SHOWN_CHARS]), ensure_ascii=False)
+
+    def parse(self, text: str) -> Any:
+        """The value that a flag or variable spells. Raises ValueError that says what is expected."""
+        if self.is_list:
+            return self.accept(_parse_list(text))
+        if self.kind is str or self.choices:
+            return self.accept(next((word for word in self.choices if word == text.lower()), text))
+        if self.kind is bool:
+            return self._parse_bool(text)
+        if "auto" in _words(self.kind) and text == "auto":
+            return text
+        try:
+            return float(text) if self.kind is float else int(text)
+        except ValueError:
+            raise ValueError(self.expected) from None
+
+    def accept(self, value: object) -> Any:
+        """The value that a TOML file gives, type unchanged but for int → float, list → tuple. Raises ValueError."""
+        if not self._fits(value):
+            raise ValueError(self.expected)
+        if self.kind is float and isinstance(value, int):
+            return float(value)
+        return tuple(value) if isinstance(value, list) else value
+
+    def _fits(self, value: object) -> bool:
+        if self.is_list:
+            words = self.choices
+            return isinstance(value, list) and all(
+                isinstance(item, str) and (not words or item in words) for item in value
+            )
+        if self.kind is float:
+            return type(value) is float or (type(value) is int and abs(value) <= _INT_MOST)
+        if self.kind in {str, bool, int}:
+            return type(value) is self.kind
+        return value in _words(self.kind) or (not self.choices and type(value) is int)
+
+    @property
+    def expected(self) -> str:
+        if self.choices:
+            return f"expected {'some' if self.is_list else 'one'} of {', '.join(self.choices)}"
+        return f"expected {_EXPECTED.get(self.kind, 'a whole number or auto')}"
+
+    def complaint(self, value: Any) -> str:
+        """What is wrong with a value of the right type; empty when nothing is."""
+        least, most = self.meta.least, self.meta.most
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return ""
+        if not math.isfinite(value):
+            return "expected a finite number"
+        return "" if least <= value <= most else f"expected {least:.0f} to {most:.0f}"
+
+    def _parse_bool(self, text: str) -> bool:
+        word = text.lower()
+        if word not in _BOOLS:
+            raise ValueError(self.expected)
+        return _BOOLS[word]
+
+
+_EXPECTED: Final[dict[Any, str]] = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple[str, ...]: "a list of texts",
+}
+_BOOLS: Final = {
+    "true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False,
+}  # fmt: skip
+
+
+def _flatten() -> tuple[Option, ...]:
+    def one(section: str, item: Field[Any]) -> Option:
+        return Option(section, item.name, item.type, item.default, item.metadata["option"])
+
+    return tuple(one(name, item) for name, section in SECTIONS.items() for item in fields(section))
+
+
+SECTIONS: Final[dict[str, Any]] = {section.name: section.type for section in fields(Config)}
+OPTIONS: Final = _flatten()
+BY_KEY: Final = {option.key: option for option in OPTIONS}
+
+
+def build(values: Mapping[str, Any]) -> Config:
+    """The Config with these values by key, defaults for the rest. Not checked."""
+    sections = {
+        name: section(**{item.name: values.get(f"{name}.{item.name}", item.default) for item in fields(section)})
+        for name, section in SECTIONS.items()
+    }
+    return Config(**sections)
+
+
+def check(config: Config, sources: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError for the first value that cannot be used; `sources` says by key where values came from."""
+    for option in OPTIONS:
+        if complaint := option.complaint(option.value_in(config)):
+            _refuse(config, option.key, complaint, sources)
+    for key, complaint in _contradictions(config):
+        _refuse(config, key, complaint, sources)
+
+
+def read_toml(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Values by key from a parsed TOML document called `name`. Raises ConfigError for unknown keys and wrong types."""
+    values = {}
+    for section, table in tree.items():
+        if section not in SECTIONS or not isinstance(table, dict):
+            raise ConfigError(f"{name}: {_unknown_section(section, table)}")
+        for item, value in table.items():
+            option = BY_KEY.get(f"{section}.{item}")
+            if option is None:
+                raise ConfigError(f"{name}: unknown key {item} in [{section}]{_hint(f'{section}.{item}')}")
+            try:
+                values[option.key] = option.accept(value)
+            except ValueError as error:
+                raise ConfigError(f"{name}: {option.key}: {error}, not {_kind_of(value)}") from None
+    return values
+
+
+def unknown_variables(names: Iterable[str]) -> dict[str, str]:
+    """FASTSIG_* names of an environment that mean nothing, each with the nearest that does, or an empty string."""
+    known = {ENV_FILE, ENV_BODY} | {option.env for option in OPTIONS}
+    strangers = sorted(name for name in names if name.startswith(ENV_PREFIX) and name not in known)
+    return {name: _nearest(name, known) for name in strangers}
+
+
+def document() -> str:
+    """The text of `docs/configuration.md`."""
+    parts = [_PREAMBLE]
+    for name, section in SECTIONS.items():
+        parts.append(f"\n## {name}\n\n{section.__doc__}\n\n{_TABLE_HEAD}")
+        parts += [_row(option) for option in OPTIONS if option.section == name]
+    return "".join(parts)
+
+
+def _refuse(config: Config, key: str, complaint: str, sources: Mapping[str, str] | None) -> None:
+    option = BY_KEY[key]
+    source = (sources or {}).get(key, "")
+    where = f" ({source})" if source else ""
+    raise ConfigError(f"{key} = {option.show(option.value_in(config))}{where}: {complaint}")
+
+
+def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
+    server, limits = config.server, config.limits
+    if not server.host or any(char.isspace() for char in server.host):
+        yield "server.host", "expected an address or a name, such as localhost"
+    if not server.path.startswith("/"):
+        yield "server.path", "expected a path that starts with /"
+    if not _is_plain_path(server.path):
+        yield "server.path", "expected visible ASCII without ?, # and %"
+    if server.path in HEALTH_PATHS:
+        yield "server.path", "this path answers health checks, choose another"
+    if server.echo_path and (not server.echo_path.startswith("/") or not _is_plain_path(server.echo_path)):
+        yield "server.echo_path", "expected a path that starts with /, visible ASCII without ?, # and %"
+    if server.echo_path in {server.path, *HEALTH_PATHS}:
+        yield "server.echo_path", "this path is taken, choose another"
+    if server.echo_path and (server.trusted_proxies or server.proxy_protocol):
+        yield "server.echo_path", "leave it empty, or server.trusted_proxies and server.proxy_protocol unset"
+    if server.tls_cert and not server.tls_key:
+        yield "server.tls_cert", "set server.tls_key too"
+    if server.tls_key and not server.tls_cert:
+        yield "server.tls_key", "set server.tls_cert too"
+    if limits.meta_bytes >= limits.message_bytes:
+        yield "limits.meta_bytes", f"expected less than limits.message_bytes, {limits.message_bytes}"
+
+
+def _is_plain_path(path: str) -> bool:
+    return all("!" <= char <= "~" and char not in "?#%" for char in path)
+
+
+def _parse_list(text: str) -> list[Any]:
+    """A JSON list, or words with white space between. Raises ValueError."""
+    if not text.lstrip().startswith("["):
+        return text.split()
+    try:
+        return cast(list[Any], json.loads(text))
+    except ValueError:
+        raise ValueError('expected words, or a JSON list such as ["a", "b"]') from None
+
+
+def _words(kind: Any) -> tuple[Any, ...]:
+    """The members of the Literals in a type."""
+    parts = (kind,) if get_origin(kind) is Literal else get_args(kind)
+    return tuple(word for part in parts if get_origin(part) is Literal for word in get_args(part))
+
+
+def _kind_of(value: object) -> str:
+    names = {
+        str: "text",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        list: "a list",
+        dict: "a table",
+    }
+    return names.get(type(value), type(value).__name__)
+
+
+def _without_password(text: str) -> str:
+    """`redis://user:secret@host` with the secret masked; anything else as it is."""
+    scheme, mark, rest = text.partition("://")
+    authority, slash, tail = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    name, colon, _ = user.partition(":")
+    return f"{scheme}{mark}{name}:{MASK}@{host}{slash}{tail}" if mark and at and colon else text
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    from difflib import get_close_matches  # noqa: PLC0415 # only for complaints
+
+    return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.6)), "")
+
+
+def _hint(key: str) -> str:
+    """The cure for a misspelt key: the same name in another section, or the nearest spelling."""
+    name = key.rpartition(".")[2]
+    near = next((option.key for option in OPTIONS if option.name == name), "") or _nearest(key, BY_KEY)
+    if not near:
+        return ""
+    section, _, item = near.partition(".")
+    return f", did you mean {item} in [{section}]?"
+
+
+def _unknown_section(section: str, table: object) -> str:
+    if section in SECTIONS:
+        return f"[{section}]: expected a table, not {_kind_of(table)}"
+    if not isinstance(table, dict):
+        return f"unknown key {section}{_hint(section)}"
+    near = _nearest(section, SECTIONS)
+    return f"unknown section [{section}]" + (f", did you mean [{near}]?" if near else "")
+
+
+_TABLE_HEAD: Final = "| option | flag | environment | default | unit | reloads | meaning |\n" + "|---" * 7 + "|\n"
+_PREAMBLE: Final = """\
+# Configuration
+
+This page is made from `fastsig/config.py`: `python -m fastsig config docs > docs/configuration.md`.
+
+An option is given as a flag, in the environment, or in a TOML file. **The first of these that names it wins: flag,
+environment, file, default.** The file is given by `--config` (`-c`) or by `FASTSIG_CONFIG`; or `FASTSIG_CONFIG_BODY`
+holds all of its text. `--host`, `--port` and `--workers` are short for the options of `[server]`.
+
+```toml
+[server]
+port = 9000
+
+[limits]
+messages_per_s = 100
+```
+
+- An empty variable counts as unset. Lists in flags and variables are words with spaces between, or a JSON list.
+- `WEB_CONCURRENCY` is the default of `server.workers`.
+- `--dev` stands for `--server.host localhost --log.level debug --demo.enabled`; a flag beside it wins over it.
+- An unknown key in the file is refused, with exit code 2. An unknown `FASTSIG_…` variable is listed by
+  `fastsig config check`, which fails with `--strict`. `fastsig config print` shows what is in effect, and where from.
+- In `[limits]`, 0 switches a limit off, where 0 is allowed.
+- "Reloads" means that a running server will take a new value when it gets SIGHUP (no effect yet).
+"""
+
+
+def _row(option: Option) -> str:
+    default = option.show(option.default)
+    bounds = ""
+    if option.kind in {int, int | Literal["auto"]} and (option.meta.least, option.meta.most) != (0, _INT_MOST):
+        bounds = f" {option.meta.least:.0f} to {option.meta.most:.0f}."
+    choices = f" One of {', '.join(option.choices)}." if option.choices and not option.is_list else ""
+    effect = "" if option.meta.has_effect else " *(no effect yet)*"
+    cells = (
+        f"`{option.name}`", f"`{option.flag}`", f"`{option.env}`", f"`{default}`", option.meta.unit,
+        "yes" if option.meta.is_reloadable else "no", f"{option.meta.help}{choices}{bounds}{effect}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |\n"

@@ -1,0 +1,101 @@
+"""The control channel between the supervisor and one worker: typed messages over one SOCK_SEQPACKET socket pair.
+
+A packet is one message in JSON, so a message arrives whole or not at all, in order; the end of the other process is the
+end of the channel. Both ends are non-blocking and close-on-exec. Knows no processes: who starts whom is `supervisor`.
+Descriptors are inherited for now and named by number; packets can carry them (SCM_RIGHTS) without another channel.
+"""
+
+import socket
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from .config import Config
+from .errors import InvariantError
+
+PACKET_BYTES: Final = 131072  # no message is longer; the kernel's own limit is about 212 KB
+
+
+class Boot(Struct, tag="boot", frozen=True):
+    """To the worker, once and first: what to be. `listeners`: numbers of inherited listening sockets.
+
+    `generation` grows each time the slot is started anew; below 2^21 (ARCHITECTURE §1).
+    """
+
+    config: Config
+    slot: int
+    slots: int
+    generation: int
+    listeners: list[int]
+
+
+class Stop(Struct, tag="stop", frozen=True):
+    """To the worker: close everybody with `code` and end; `is_forced`: end without waiting for anybody."""
+
+    is_forced: bool = False
+    code: int = 1001
+
+
+class Ready(Struct, tag="ready", frozen=True):
+    """To the supervisor: this worker accepts."""
+
+    pid: int
+
+
+class Failed(Struct, tag="failed", frozen=True):
+    """To the supervisor: this worker cannot boot, and why in one line."""
+
+    reason: str
+
+
+class Heartbeat(Struct, tag="heartbeat", frozen=True):
+    """To the supervisor, every half second: the loop turns."""
+
+
+class Stopped(Struct, tag="stopped", frozen=True):
+    """To the supervisor: nobody is connected any more; the process ends now."""
+
+
+Message = Boot | Stop | Ready | Failed | Heartbeat | Stopped
+
+_ENCODER: Final = msgspec.json.Encoder()
+_DECODER: Final = msgspec.json.Decoder(Message)
+
+
+class Channel:
+    """One end. Give `fileno()` to a loop's `add_reader` and take messages until `receive` has none."""
+
+    def __init__(self, end: socket.socket) -> None:
+        end.setblocking(False)
+        end.set_inheritable(False)
+        self._socket = end
+
+    @classmethod
+    def pair(cls) -> tuple["Channel", socket.socket]:
+        """Our end, and the one to be inherited by a worker: close it once the worker has it."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), theirs
+
+    def fileno(self) -> int:
+        """The descriptor, -1 when closed."""
+        return self._socket.fileno()
+
+    def send(self, message: Message) -> None:
+        """Raises OSError when the other end is gone (BrokenPipeError) or has not read for long (BlockingIOError)."""
+        packet = _ENCODER.encode(message)
+        if len(packet) > PACKET_BYTES:
+            raise InvariantError(f"a control message of {len(packet)} bytes; the limit is {PACKET_BYTES}")
+        self._socket.send(packet, socket.MSG_NOSIGNAL)
+
+    def receive(self) -> Message | None:
+        """The next message; None at the end of the channel. Raises BlockingIOError when there is none yet."""
+        try:
+            packet = self._socket.recv(PACKET_BYTES)
+        except ConnectionResetError:  # it ended with messages of ours unread
+            return None
+        return _DECODER.decode(packet) if packet else None
+
+    def close(self) -> None:
+        """Idempotent."""
+        self._socket.close()

@@ -1,0 +1,242 @@
+"""What the server tells its operator: events with fields, one line each, on stderr.
+
+A line has `ts` (UTC, RFC 3339), `level`, `event`, `logger`, then the fields: as text for people, as JSON for programs.
+`EVENTS` is the whole vocabulary; `docs/logs.md` is made from it, and a test refuses a call with any other name.
+
+Never logged: tokens, secrets, payloads (SDP, candidates). Never on the hot path: even a call that is filtered out costs
+0.15 µs. Logging never raises and never fails its caller: what cannot be shown is named, what cannot be written is lost.
+Must not know: what any event means to the rest of the program.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final, TextIO
+
+import msgspec
+import structlog
+
+EVENTS: Final[dict[str, str]] = {
+    # the life of the server
+    "serving": "The server accepts connections at `urls`; all `workers` are ready.",
+    "open_mode": "Whoever can reach `addresses` may join any room: no tokens are required, beyond loopback.",
+    "address_skipped": "This machine cannot listen on `address`, for `reason`; the others are served.",
+    "cannot_start": "The server ends with exit code 3 for `reason`.",
+    "reload_unsupported": "SIGHUP came; a restart is what takes a new configuration for now.",
+    "stopping": "A signal ends the server: connections are closed with code 1001.",
+    "forced": "A second signal ends the server without waiting for its peers.",
+    "stop_overdue": "Workers have not ended `seconds` after they were told to, and are killed.",
+    "stopped": "The server ends with exit code `code`.",
+    # workers
+    "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
+    "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
+    "worker_failed": "The worker of `slot` says that it cannot start, for `reason`.",
+    "worker_died": "The worker of `slot` ended unasked, with exit `status`; it is replaced in `retry_seconds`.",
+    "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
+    "supervisor_gone": "The supervisor has ended: this worker closes its connections and ends too.",
+    # a connection
+    "cannot_watch": "A connection was given up because its socket cannot be watched, for `reason`.",
+    # all
+    "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
+    "library_message": "A library said `message` through Python's logging; `logger` is its name.",
+}
+LEVELS: Final = {"trace": 5, "debug": 10, "info": 20, "warning": 30, "error": 40}
+
+_DEPTH: Final = 4  # of lists in lists
+_COLOURS: Final = {"trace": "2", "debug": "2", "info": "32", "warning": "33", "error": "31"}
+
+
+class Logger(structlog.BoundLoggerBase):
+    """Says events; `bind(slot=1)` makes one that adds fields to each. `event` is a word of EVENTS, never a sentence."""
+
+    def trace(self, event: str, /, **fields: object) -> None:
+        self._say("trace", event, fields)
+
+    def debug(self, event: str, /, **fields: object) -> None:
+        self._say("debug", event, fields)
+
+    def info(self, event: str, /, **fields: object) -> None:
+        self._say("info", event, fields)
+
+    def warning(self, event: str, /, **fields: object) -> None:
+        self._say("warning", event, fields)
+
+    def error(self, event: str, /, **fields: object) -> None:
+        self._say("error", event, fields)
+
+    def exception(self, event: str, /, **fields: object) -> None:
+        """At level error, with the traceback of the exception that is being handled."""
+        self._say("error", event, {"exc_info": True} | fields)
+
+    def _say(self, level: str, event: str, fields: dict[str, Any]) -> None:
+        if LEVELS[level] >= _output.least:
+            (line,), _ = self._process_event(level, event, fields)
+            _output.write(line)
+
+
+def get(name: str) -> Logger:
+    """The logger of a module. May be kept for ever: `configure` changes all of them, those made before it too."""
+    return Logger(None, _PROCESSORS, {"logger": name})
+
+
+def configure(level: str, format: str, *, stream: TextIO | None = None, **fields: object) -> None:
+    """What this process logs and how; `fields` go on each of its lines. Python's own logging goes the same way.
+
+    `level` is one of LEVELS; `format` is text, json or auto: text on a terminal, else JSON. May be called again.
+    """
+    output = stream or sys.stderr
+    is_terminal = output is not None and output.isatty()
+    _output.least = LEVELS[level]
+    _output.stream = stream
+    _output.is_json = format == "json" or (format == "auto" and not is_terminal)
+    _output.is_coloured = is_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+    _output.fields = fields
+    root = logging.getLogger()
+    root.handlers = [handler for handler in root.handlers if not isinstance(handler, _Folded)] + [_Folded()]
+    root.setLevel(_output.least)
+
+
+def document() -> str:
+    """`docs/logs.md`."""
+    rows = (f"| `{name}` | {sentence} |\n" for name, sentence in EVENTS.items())
+    return _PREAMBLE + "".join(rows)
+
+
+@dataclass(slots=True)
+class _Output:
+    """Where lines go, for the whole process. Before `configure`: warnings and worse, as text."""
+
+    least: int = LEVELS["warning"]
+    stream: TextIO | None = None  # None: whatever sys.stderr is at that time
+    is_json: bool = False
+    is_coloured: bool = False
+    fields: dict[str, object] = field(default_factory=dict)
+
+    def write(self, line: str) -> None:
+        """One write per line, so that lines of several processes do not mix (up to 4 KiB in a pipe)."""
+        stream = self.stream or sys.stderr
+        try:
+            stream.write(line)
+            stream.flush()
+        except (OSError, ValueError, AttributeError):  # full, gone, closed, never there: nobody is left to tell
+            return
+
+
+_output: Final = _Output()
+
+
+class _Folded(logging.Handler):
+    """Python's logging as events of ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 # arguments of strangers that do not fit their own format
+            message = str(record.msg)
+        level = "error"
+        for name, least in reversed(LEVELS.items()):
+            level = name
+            if least <= record.levelno:
+                break
+        get(record.name)._say(level, "library_message", {"message": message, "exc_info": record.exc_info})  # noqa: SLF001
+
+
+def _add_context(logger: object, level: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """`ts level event logger`, then the fields of the process and of the call."""
+    head = {
+        "ts": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "level": level,
+        "event": event.pop("event"),
+        "logger": event.pop("logger"),
+    }
+    return head | _output.fields | {name: value for name, value in event.items() if name not in head}
+
+
+def _make_plain(logger: object, level: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    return {name: _plain(value) for name, value in event.items()}
+
+
+def _render(logger: object, level: str, event: structlog.typing.EventDict) -> str:
+    return (_encoder.encode(event).decode() if _output.is_json else _as_text(event)) + "\n"
+
+
+_PROCESSORS: Final = (
+    _add_context,
+    structlog.processors.ExceptionRenderer(),  # exc_info → exception
+    _make_plain,
+    _render,
+)
+_encoder: Final = msgspec.json.Encoder()
+
+
+def _plain(value: object, depth: int = _DEPTH) -> Any:
+    """What any JSON encoder takes. Objects are shown by their repr, exceptions by their text; never raises."""
+    try:
+        return _plain_or_raise(value, depth)
+    except Exception:  # noqa: BLE001 # a __repr__ of anybody's may raise anything, and a log line must not
+        return f"<{type(value).__name__} that cannot be shown>"
+
+
+def _plain_or_raise(value: object, depth: int) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if -(2**63) <= value < 2**64 else str(value)
+    if isinstance(value, float):
+        return float(value)
+    if depth and isinstance(value, Mapping):
+        return {str(_plain(name, 0)): _plain(item, depth - 1) for name, item in value.items()}
+    if depth and isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item, depth - 1) for item in value]
+    text = value if isinstance(value, str) else str(value) if isinstance(value, BaseException) else repr(value)
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _as_text(event: Mapping[str, Any]) -> str:
+    """For people: what happened first, the fields as name=value, a traceback below."""
+    level, colour = event["level"], _COLOURS[event["level"]]
+    head = f"{level:<7} {event['event']}"
+    if _output.is_coloured:
+        head = f"\x1b[{colour}m{head}\x1b[0m"
+    rest = [f"{name}={_quoted(event[name])}" for name in event if name not in _SHOWN]
+    below = "".join(f"\n    {_printable(line)}" for line in str(event.get("exception") or "").splitlines())
+    return " ".join([event["ts"], head, *rest]) + below
+
+
+_SHOWN: Final = frozenset({"ts", "level", "event", "logger", "exception"})
+
+
+def _quoted(value: object) -> str:
+    """As it is where that is plain to read; quoted and escaped where it could pass for something else on the line."""
+    if isinstance(value, list):
+        return ",".join(_quoted(item) for item in value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    is_bare = not isinstance(value, str) or (text != "" and not set(text) & set(' "='))
+    if not text.isprintable():
+        return json.dumps(text)
+    return text if is_bare else json.dumps(text, ensure_ascii=False)
+
+
+def _printable(line: str) -> str:
+    return line if line.isprintable() else line.encode("unicode_escape").decode()
+
+
+_PREAMBLE: Final = """\
+# Log events
+
+This page is made from `fastsig/logs.py`: `python -m fastsig.logs > docs/logs.md`.
+
+Everything goes to stderr, one event per line: text on a terminal, JSON elsewhere (`--log.format`), from `--log.level`
+up. Each line has `ts` (UTC, RFC 3339), `level`, `event` and `logger`, and in workers `worker`, the slot; the text form
+leaves `logger` out. The sentences below are not part of the line. Tokens, payloads and secrets are never logged.
+
+| event | meaning |
+|---|---|
+"""
+
+if __name__ == "__main__":
+    sys.stdout.write(document())
