@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Group, Parameter, Token
+from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
 from cyclopts.config import Env
 
 from . import __version__
@@ -140,8 +140,8 @@ def _parameter(option: Option, group: Group) -> Parameter:
         converter=_converter(option),
         group=group,
         help=option.help,
-        consume_multiple=option.is_list,
-        metavar="INT|auto" if option.key == "server.workers" else None,
+        consume_multiple=(1, None) if option.is_list else None,
+        metavar=option.meta.unit.upper() or ("INT|auto" if option.key == "server.workers" else None),
         negative_iterable=(),
         show_default=(lambda _: default) if default else False,
         show_choices=bool(option.choices),
@@ -273,7 +273,8 @@ def health(
         connection.request("GET", path)
         status = connection.getresponse().status
     except (OSError, http.client.HTTPException) as error:
-        _complain(f"{base}: {str(error) or type(error).__name__}")
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        _complain(f"{base}: {reason}")
         return ExitCode.FAILED
     finally:
         connection.close()
@@ -288,6 +289,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     try:
         return int(app(sys.argv[1:] if argv is None else list(argv)) or 0)
+    except UnusedCliTokensError as error:
+        unknown = next(iter(error.unused_tokens or ()), "")
+        return _complain(f"unexpected argument {unknown!r}, see fastsig --help", ExitCode.USAGE)
     except CycloptsError as error:
         return _complain(str(error), ExitCode.USAGE)
     except StartError as error:

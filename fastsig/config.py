@@ -202,7 +202,7 @@ class Ops:
 class Log:
     """What is logged, on stderr."""
 
-    level: Literal["debug", "info", "warning", "error"] = _option(
+    level: Literal["trace", "debug", "info", "warning", "error"] = _option(
         "info", "Least level logged.", reloads=True, has_effect=True
     )
     format: Literal["auto", "text", "json"] = _option(
@@ -324,7 +324,7 @@ class Option:
         if not self._fits(value):
             raise ValueError(self.expected)
         if self.kind is float and isinstance(value, int):
-            return float(value)
+            return _to_float(value)
         return tuple(value) if isinstance(value, list) else value
 
     def _fits(self, value: object) -> bool:
@@ -334,7 +334,7 @@ class Option:
                 isinstance(item, str) and (not words or item in words) for item in value
             )
         if self.kind is float:
-            return type(value) is float or (type(value) is int and abs(value) <= _INT_MOST)
+            return type(value) in {int, float}
         if self.kind in {str, bool, int}:
             return type(value) is self.kind
         return value in _words(self.kind) or (not self.choices and type(value) is int)
@@ -352,7 +352,11 @@ class Option:
             return ""
         if not math.isfinite(value):
             return "expected a finite number"
-        return "" if least <= value <= most else f"expected {least:.0f} to {most:.0f}"
+        if least <= value <= most:
+            return ""
+        return (
+            f"expected {least:.0f} to {most:.0f}" if most < _INT_MOST else f"expected {least:.0f} or more, up to 2^53"
+        )
 
     def _parse_bool(self, text: str) -> bool:
         word = text.lower()
@@ -416,7 +420,10 @@ def read_toml(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
             try:
                 values[option.key] = option.accept(value)
             except ValueError as error:
-                raise ConfigError(f"{name}: {option.key}: {error}, not {_kind_of(value)}") from None
+                given = (
+                    json.dumps(value)[:_SHOWN_CHARS] if option.choices and isinstance(value, str) else _kind_of(value)
+                )
+                raise ConfigError(f"{name}: {option.key}: {error}, not {given}") from None
     return values
 
 
@@ -481,6 +488,13 @@ def _parse_list(text: str) -> list[Any]:
         raise ValueError('expected words, or a JSON list such as ["a", "b"]') from None
 
 
+def _to_float(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf  # which `check` refuses
+
+
 def _words(kind: Any) -> tuple[Any, ...]:
     """The members of the Literals in a type."""
     parts = (kind,) if get_origin(kind) is Literal else get_args(kind)
@@ -521,7 +535,7 @@ def _hint(key: str) -> str:
     if not near:
         return ""
     section, _, item = near.partition(".")
-    return f", did you mean {item} in [{section}]?"
+    return f", did you mean {item}?" if key.startswith(f"{section}.") else f", did you mean {item} in [{section}]?"
 
 
 def _unknown_section(section: str, table: object) -> str:

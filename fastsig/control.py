@@ -5,8 +5,9 @@ end of the channel. Both ends are non-blocking and close-on-exec. Knows no proce
 Descriptors are inherited for now and named by number; packets can carry them (SCM_RIGHTS) without another channel.
 """
 
+import enum
 import socket
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import Struct
@@ -57,25 +58,38 @@ class Stopped(Struct, tag="stopped", frozen=True):
     """To the supervisor: nobody is connected any more; the process ends now."""
 
 
-Message = Boot | Stop | Ready | Failed | Heartbeat | Stopped
+ToWorker = Boot | Stop
+ToSupervisor = Ready | Failed | Heartbeat | Stopped
+Message = ToWorker | ToSupervisor
+
+
+class ControlError(Exception):
+    """The other end said something that is no message: the two processes are of different versions."""
+
+
+class _Nothing(enum.Enum):
+    NOTHING = enum.auto()
+
+
+NOTHING: Final = _Nothing.NOTHING  # what `receive` gives when there is no message yet
 
 _ENCODER: Final = msgspec.json.Encoder()
 _DECODER: Final = msgspec.json.Decoder(Message)
 
 
+def pair() -> tuple["Channel", socket.socket]:
+    """The supervisor's end, and the one for a worker to inherit: close it once the worker has it."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    return Channel(ours), theirs
+
+
 class Channel:
-    """One end. Give `fileno()` to a loop's `add_reader` and take messages until `receive` has none."""
+    """One end. Give `fileno()` to a loop's `add_reader`, and take one message each time it is readable."""
 
     def __init__(self, end: socket.socket) -> None:
         end.setblocking(False)
         end.set_inheritable(False)
         self._socket = end
-
-    @classmethod
-    def pair(cls) -> tuple["Channel", socket.socket]:
-        """Our end, and the one to be inherited by a worker: close it once the worker has it."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        return cls(ours), theirs
 
     def fileno(self) -> int:
         """The descriptor, -1 when closed."""
@@ -88,13 +102,21 @@ class Channel:
             raise InvariantError(f"a control message of {len(packet)} bytes; the limit is {PACKET_BYTES}")
         self._socket.send(packet, socket.MSG_NOSIGNAL)
 
-    def receive(self) -> Message | None:
-        """The next message; None at the end of the channel. Raises BlockingIOError when there is none yet."""
+    def receive(self) -> Message | Literal[_Nothing.NOTHING] | None:
+        """The next message; NOTHING when there is none yet; None at the end of the channel. Raises ControlError."""
         try:
             packet = self._socket.recv(PACKET_BYTES)
+        except BlockingIOError:
+            return NOTHING
         except ConnectionResetError:  # it ended with messages of ours unread
             return None
-        return _DECODER.decode(packet) if packet else None
+        if not packet:
+            return None
+        try:
+            message: Message = _DECODER.decode(packet)
+        except msgspec.DecodeError as reason:
+            raise ControlError(f"not a control message ({len(packet)} bytes): {reason}") from reason
+        return message
 
     def close(self) -> None:
         """Idempotent."""

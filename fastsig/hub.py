@@ -94,7 +94,8 @@ class Hub:
             raise ProtocolError("bad_message")
         hello = protocol.read_hello(message.payload)
         _refuse_token(hello.token)
-        connection.identify(message.sender or self._make_id())
+        peer = message.sender or self._make_id()
+        connection.identify(peer)
         connection.settle()
         connection.wants_ack = "ack" in hello.caps
         limits = self._limits
@@ -107,7 +108,7 @@ class Hub:
             version=__version__,
             server_time=self._unix_clock(),
         )
-        connection.send(protocol.Welcome(sender=connection.peer or "", payload=payload, id=message.id).encode())
+        connection.send(protocol.Welcome(sender=peer, payload=payload, id=message.id).encode())
 
     def _join(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
@@ -188,9 +189,10 @@ class Hub:
         limit, now = self._limits.errors_per_5s, self._clock()
         if not limit:
             return False
-        times: deque[float] = connection.context or deque(maxlen=limit + 1)
+        if connection.context is None:
+            connection.context = deque(maxlen=limit + 1)
+        times: deque[float] = connection.context
         times.append(now)
-        connection.context = times
         return len(times) > limit and now - times[0] <= ERROR_WINDOW_S
 
 

@@ -49,7 +49,7 @@ class WelcomePayload(Struct, frozen=True):
     server_time: float
 
 
-class Welcome(ServerMessage, tag="welcome"):
+class Welcome(ServerMessage, tag="welcome", frozen=True):
     """Answer to `hello`. `sender` is the peer id that is fixed from now on."""
 
     sender: str
@@ -72,7 +72,7 @@ class Roster(Struct, frozen=True):
     peers: list[RosterEntry]
 
 
-class Joined(ServerMessage, tag="joined"):
+class Joined(ServerMessage, tag="joined", frozen=True):
     """Answer to `join`."""
 
     room: str
@@ -87,7 +87,7 @@ class Reason(Struct, frozen=True):
     reason: str
 
 
-class Left(ServerMessage, tag="left"):
+class Left(ServerMessage, tag="left", frozen=True):
     """Answer to `leave`, or word that the server took the peer out."""
 
     room: str
@@ -103,7 +103,7 @@ class Newcomer(Struct, frozen=True, omit_defaults=True):
     trace: str | None = None
 
 
-class PeerJoined(ServerMessage, tag="peer-joined"):
+class PeerJoined(ServerMessage, tag="peer-joined", frozen=True):
     """To the others of the room."""
 
     room: str
@@ -118,7 +118,7 @@ class Leaver(Struct, frozen=True):
     reason: str
 
 
-class PeerLeft(ServerMessage, tag="peer-left"):
+class PeerLeft(ServerMessage, tag="peer-left", frozen=True):
     """To the others of the room; nothing of that peer comes after it."""
 
     room: str
@@ -133,7 +133,7 @@ class Updated(Struct, frozen=True):
     meta: Raw
 
 
-class PeerUpdated(ServerMessage, tag="peer-updated"):
+class PeerUpdated(ServerMessage, tag="peer-updated", frozen=True):
     """To the others of the room."""
 
     room: str
@@ -141,14 +141,14 @@ class PeerUpdated(ServerMessage, tag="peer-updated"):
     payload: Updated
 
 
-class Pong(ServerMessage, tag="pong"):
+class Pong(ServerMessage, tag="pong", frozen=True):
     """Answer to `ping`: the same payload, the same id."""
 
     payload: Raw | None = None
     id: str | None = None
 
 
-class Error(ServerMessage, tag="error"):
+class Error(ServerMessage, tag="error", frozen=True):
     """Flat (PROTOCOL §3.2). Only validated values are echoed."""
 
     code: str

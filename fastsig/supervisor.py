@@ -18,16 +18,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import uvloop
 
 from . import __version__, control, logs
 from .config import Config
-from .control import Boot, Channel, ControlError, Failed, Heartbeat, Ready, Stop, Stopped
+from .control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped, ToWorker
 from .errors import ExitCode, StartError
 
 _log = logs.get("fastsig.supervisor")
@@ -37,21 +37,25 @@ FIRST_RETRY_S: Final = 0.1
 LONGEST_RETRY_S: Final = 5.0
 STOP_S: Final = 10.0  # the hard deadline of a stop
 FORCED_STOP_S: Final = 0.5
+PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
 
 
-def run(config: Config, *, worker: str = WORKER) -> int:
+def run(config: Config, *, worker: str = WORKER) -> ExitCode:
     """Serve until a signal ends it; the exit code. Blocks. `worker` is the module that is executed."""
     logs.configure(config.log.level, config.log.format)
+    slots: list[list[socket.socket]] = []
     try:
-        with contextlib.ExitStack() as stack:
-            slots = listen(config, slot_count(config))
-            for listener in (listener for slot in slots for listener in slot):
-                stack.callback(listener.close)
-            return uvloop.run(Supervisor(config, slots, worker).run())
+        slots = listen(config.server.host, config.server.port, slot_count(config), config.server.backlog)
+        return uvloop.run(Supervisor(config, slots, worker).run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
         return ExitCode.START
+    except Exception:  # noqa: BLE001 # the process's main loop
+        _log.exception("internal_error")
+        return ExitCode.FAILED
+    finally:
+        _close(slots)
 
 
 def slot_count(config: Config) -> int:
@@ -73,32 +77,31 @@ class Start:
 @dataclass(slots=True)
 class _Slot:
     generation: int = 0
-    started_at: float = 0.0
     due_at: float | None = 0.0  # when to start it; None while a worker runs
-    retry_s: float = FIRST_RETRY_S
-    has_been_ready: bool = False  # in any generation
-    is_ready: bool = False
+    started_at: float = 0.0
     heard_at: float = 0.0
+    retry_s: float = FIRST_RETRY_S  # the delay after the next death that comes too soon
+    is_ready: bool = False
+    is_launched: bool = False  # has been ready in some generation
 
 
 class Fleet:
-    """When is which slot started? Pure: no I/O, every `now` is an argument (monotonic seconds).
+    """When is which slot started? Pure: no I/O; every `now` is an argument, in monotonic seconds.
 
     A slot is due at first, and again after each death: at once when its worker had lived `SETTLED_S`, else after a delay
     that doubles with each such death in a row. A slot that dies in its very first launch before it was ready will not do
-    better the next time: that ends the launch (`failure`), instead of a loop.
+    better the next time: that ends everything (`failure`), instead of a loop.
     """
 
     def __init__(self, slots: int) -> None:
         self._slots = [_Slot() for _ in range(slots)]
-        self._failed: dict[int, str] = {}
         self.is_stopping = False
         self.failure: str | None = None
 
     @property
-    def is_empty(self) -> bool:
-        """No worker runs."""
-        return all(slot.due_at is not None for slot in self._slots)
+    def is_over(self) -> bool:
+        """No worker runs and none will be started."""
+        return self.is_stopping and all(slot.due_at is not None for slot in self._slots)
 
     @property
     def is_ready(self) -> bool:
@@ -107,11 +110,9 @@ class Fleet:
 
     def starts(self, now: float) -> list[Start]:
         """What is due. Each Start is given once, and counts as a running worker until `on_death`."""
-        if self.is_stopping:
-            return []
         starts = []
         for number, slot in enumerate(self._slots):
-            if slot.due_at is not None and slot.due_at <= now:
+            if not self.is_stopping and slot.due_at is not None and slot.due_at <= now:
                 slot.generation += 1
                 slot.started_at = slot.heard_at = now
                 slot.due_at = None
@@ -119,45 +120,39 @@ class Fleet:
         return starts
 
     def wake_at(self) -> float | None:
-        """When `starts` will have something; None when nothing is planned."""
-        return None if self.is_stopping else min((s.due_at for s in self._slots if s.due_at is not None), default=None)
+        """When `starts` will have something next; None when nothing is planned."""
+        planned = [slot.due_at for slot in self._slots if slot.due_at is not None]
+        return None if self.is_stopping else min(planned, default=None)
 
     def on_ready(self, slot: int, now: float) -> float:
-        """The worker of `slot` accepts connections. Returns how long it took."""
+        """The worker of `slot` accepts connections. Returns how many seconds after its start."""
         this = self._slots[slot]
-        this.is_ready = this.has_been_ready = True
+        this.is_ready = this.is_launched = True
         this.heard_at = now
         return now - this.started_at
-
-    def on_failed(self, slot: int, reason: str) -> None:
-        """The worker of `slot` says why it is about to die."""
-        self._failed[slot] = reason
 
     def on_heartbeat(self, slot: int, now: float) -> None:
         self._slots[slot].heard_at = now
 
     def heard_at(self, slot: int) -> float:
-        """When the worker of `slot` was last heard of, its start included."""
+        """When the worker of `slot` was last heard of; its start counts."""
         return self._slots[slot].heard_at
 
-    def on_death(self, slot: int, status: str, now: float) -> float | None:
-        """The worker of `slot` has ended. Returns the delay until it is replaced; None when it is not."""
+    def on_death(self, slot: int, reason: str, now: float) -> float | None:
+        """The worker of `slot` has ended. Returns the seconds until it is replaced, or None when it is not."""
         this = self._slots[slot]
-        reason = self._failed.pop(slot, f"worker {slot} ended with {status} before it was ready")
         this.is_ready = False
         this.due_at = now
+        if not self.is_stopping and not this.is_launched and this.generation == 1:
+            self.failure = reason
+            self.stop()
         if self.is_stopping:
             return None
-        if not this.has_been_ready and this.generation == 1:
-            self.failure = self.failure or reason
-            self.is_stopping = True
-            return None
-        delay_s = 0.0
-        if now - this.started_at < SETTLED_S:
-            delay_s = this.retry_s
-            this.retry_s = min(2 * this.retry_s, LONGEST_RETRY_S)
-        else:
+        if now - this.started_at >= SETTLED_S:
             this.retry_s = FIRST_RETRY_S
+            return 0.0
+        delay_s = this.retry_s
+        this.retry_s = min(2 * delay_s, LONGEST_RETRY_S)
         this.due_at = now + delay_s
         return delay_s
 
@@ -178,36 +173,71 @@ class _Worker:
     channel: Channel
     pidfd: int  # readable when the process has ended
     log: logs.Logger = field(init=False)
+    reason: str | None = None  # for which it says that it cannot start
 
     def __post_init__(self) -> None:
         self.log = _log.bind(slot=self.slot, pid=self.process.pid)
 
-    def send(self, message: control.ToWorker) -> None:
+    def send(self, message: ToWorker) -> None:
         """A worker that is gone, or that reads nothing, is dealt with by its death and by deadlines."""
         with contextlib.suppress(OSError):
             self.channel.send(message)
 
-    def close(self) -> str:
-        """After its end: leave neither zombie nor descriptor. Returns its exit status in words."""
+    def watch(self, events: asyncio.Queue["_Event"]) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self.channel.fileno(), self._on_readable, events)
+        loop.add_reader(self.pidfd, self._on_end, events)
+
+    def _on_readable(self, events: asyncio.Queue["_Event"]) -> bool:
+        """Queue one message. False when there is none, now or ever."""
+        try:
+            message = self.channel.receive()
+        except ControlError as error:
+            events.put_nowait((self, error))
+            return True
+        if message is None:  # the process is about to end
+            asyncio.get_running_loop().remove_reader(self.channel.fileno())
+        elif message is not NOTHING:
+            events.put_nowait((self, message))
+            return True
+        return False
+
+    def _on_end(self, events: asyncio.Queue["_Event"]) -> None:
+        self._unwatch()
+        while self._on_readable(events):  # its last words come before its end
+            pass
+        events.put_nowait((self, None))
+
+    def _unwatch(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self.channel.fileno())
+        loop.remove_reader(self.pidfd)
+
+    def close(self) -> int:
+        """After its end: leave neither zombie nor descriptor. Returns its exit status, negative for a signal."""
+        self._unwatch()
         status = self.process.wait()
         self.channel.close()
         os.close(self.pidfd)
-        return f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
+        return status
+
+
+# A signal; what a worker said, or what is wrong with it, or None for its end; None when a time has come.
+_Event = signal.Signals | tuple[_Worker, Message | ControlError | None] | None
 
 
 class Supervisor:
     """Executes what `Fleet` decides, on one asyncio loop."""
 
-    def __init__(self, config: Config, listeners: Sequence[Sequence[socket.socket]], worker: str = WORKER) -> None:
+    def __init__(self, config: Config, listeners: list[list[socket.socket]], worker: str = WORKER) -> None:
         self._config = config
         self._listeners = listeners
         self._module = worker
         self._fleet = Fleet(len(listeners))
         self._workers: dict[int, _Worker] = {}
-        self._events: asyncio.Queue[signal.Signals | _Said | _Ended] = asyncio.Queue()
+        self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._code = ExitCode.OK
         self._kill_at: float | None = None
-        self._is_forced = False
         self._has_served = False
 
     async def run(self) -> ExitCode:
@@ -216,28 +246,55 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._events.put_nowait, number)
         try:
-            while not (self._fleet.is_stopping and self._fleet.is_empty):
+            while not self._fleet.is_over:
                 self._start_due()
-                await self._handle_next()
-        finally:  # a bug of ours leaves no worker behind
+                self._handle(await self._next_event())
+        finally:  # empty, but for a bug: then no worker is left behind
             for worker in self._workers.values():
                 worker.process.kill()
+                worker.close()
         if self._fleet.failure is not None:
             raise StartError(self._fleet.failure)
         _log.info("stopped", code=int(self._code))
         return self._code
 
-    # Starting
+    async def _next_event(self) -> _Event:
+        times = [at for at in (self._fleet.wake_at(), self._kill_at) if at is not None]
+        if not times:
+            return await self._events.get()
+        timer = asyncio.get_running_loop().call_later(min(times) - time.monotonic(), self._events.put_nowait, None)
+        try:
+            return await self._events.get()
+        finally:
+            timer.cancel()
+
+    def _handle(self, event: _Event) -> None:
+        if self._kill_at is not None and time.monotonic() >= self._kill_at:
+            self._kill_all()
+        if isinstance(event, signal.Signals):
+            self._handle_signal(event)
+        elif event is not None:
+            worker, message = event
+            if message is None:
+                self._handle_end(worker)
+            else:
+                self._handle_message(worker, message)
+
+    # Start
 
     def _start_due(self) -> None:
         for start in self._fleet.starts(time.monotonic()):
             try:
-                self._start(start)
-            except OSError as error:
-                self._on_death(start.slot, f"no process ({error})")
+                worker = self._start(start)
+            except (OSError, ControlError) as error:
+                self._replace(start.slot, f"worker {start.slot} cannot be started: {error}", _log.bind(slot=start.slot))
+            else:
+                self._workers[start.slot] = worker
+                worker.watch(self._events)
+                worker.log.debug("worker_started", generation=start.generation)
 
-    def _start(self, start: Start) -> None:
-        """Execute one worker. Raises OSError, with nothing left open, when the machine has no room for it."""
+    def _start(self, start: Start) -> _Worker:
+        """Execute one worker. When the machine has no room for it: raises OSError and leaves nothing open."""
         listeners = [listener.fileno() for listener in self._listeners[start.slot]]
         channel, theirs = control.pair()
         with contextlib.ExitStack() as undo, theirs:
@@ -247,30 +304,231 @@ class Supervisor:
                 _command(self._module, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), *listeners),
-                start_new_session=True,  # ^C on a terminal is ours alone to hear
+                start_new_session=True,  # a terminal's ^C is for the supervisor alone
             )
             undo.callback(process.wait)
             undo.callback(process.kill)
             worker = _Worker(start.slot, process, channel, os.pidfd_open(process.pid))
             undo.pop_all()
-        self._workers[start.slot] = worker
-        loop = asyncio.get_running_loop()
-        loop.add_reader(channel.fileno(), self._on_readable, worker)
-        loop.add_reader(worker.pidfd, self._on_end, worker)
-        worker.log.debug("worker_started", generation=start.generation)
+        return worker
 
-    # Noticing: no more than put what happened into the queue
+    # Messages and ends
 
-    def _on_readable(self, worker: _Worker) -> None:
+    def _handle_message(self, worker: _Worker, message: Message | ControlError) -> None:
+        now = time.monotonic()
+        match message:
+            case Heartbeat():
+                self._fleet.on_heartbeat(worker.slot, now)
+            case Ready():
+                self._handle_ready(worker, self._fleet.on_ready(worker.slot, now))
+            case Failed(reason):
+                worker.reason = f"worker {worker.slot} cannot start: {reason}"
+            case Stopped():
+                pass  # its end follows; a drain of several workers will wait for this word of all
+            case _:  # a worker that cannot be understood cannot be told to stop either
+                worker.log.error("worker_unknown_message", reason=str(message))
+                worker.process.kill()
+
+    def _handle_ready(self, worker: _Worker, seconds: float) -> None:
+        if self._has_served:
+            worker.log.info("worker_ready", seconds=round(seconds, 3))
+        elif self._fleet.is_ready and not self._fleet.is_stopping:
+            self._has_served = True
+            self._announce()
+
+    def _announce(self) -> None:
+        addresses = [_name(listener.getsockname()) for listener in self._listeners[0]]
+        _log.info(
+            "serving",
+            version=__version__,
+            pid=os.getpid(),
+            urls=[f"ws://{address}{self._config.server.path}" for address in addresses],
+            port=self._listeners[0][0].getsockname()[1],
+            workers=len(self._listeners),
+        )
+        exposed = [
+            _name(at) for at in (listener.getsockname() for listener in self._listeners[0]) if not _is_loopback(at)
+        ]
+        if exposed and not self._config.auth.required:
+            _log.warning("open_mode", addresses=exposed)
+
+    def _handle_end(self, worker: _Worker) -> None:
+        del self._workers[worker.slot]
+        status = worker.close()
+        words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
+        if self._fleet.is_stopping:
+            if status != 0:
+                self._code = ExitCode.FAILED
+            self._fleet.on_death(worker.slot, words, time.monotonic())
+            return
+        reason = worker.reason or f"worker {worker.slot} ended with {words}"
+        self._replace(worker.slot, reason, worker.log)
+
+    def _replace(self, slot: int, reason: str, log: logs.Logger) -> None:
+        retry_s = self._fleet.on_death(slot, reason, time.monotonic())
+        if retry_s is not None:
+            log.error("worker_died", reason=reason, retry_seconds=retry_s)
+        elif self._fleet.failure is not None:
+            self._stop(is_forced=True)
+
+    # Stop
+
+    def _handle_signal(self, number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            _log.warning("reload_unsupported")
+        elif not self._fleet.is_stopping:
+            _log.info("stopping", signal=number.name, workers=len(self._workers))
+            self._stop(is_forced=False)
+        else:
+            _log.warning("forced", signal=number.name)
+            self._stop(is_forced=True)
+
+    def _stop(self, *, is_forced: bool) -> None:
+        self._fleet.stop()
+        self._kill_at = time.monotonic() + (FORCED_STOP_S if is_forced else STOP_S)
+        for worker in self._workers.values():
+            worker.send(Stop(is_forced=is_forced))
+        _close(self._listeners)  # the workers' copies follow: then new connections are refused, not left waiting
+
+    def _kill_all(self) -> None:
+        self._kill_at = None
+        for worker in self._workers.values():
+            worker.log.error("worker_killed")
+            worker.process.kill()
+
+
+def _command(module: str, fd: int) -> list[str]:
+    """`-m` would look for modules in the current folder first: not wanted, unless it is where we were found ourselves."""
+    is_checkout = Path().samefile(Path(__file__).parent.parent)
+    return [sys.executable, *([] if is_checkout else ["-P"]), "-m", module, str(fd)]
+
+
+# ---- addresses
+
+_Address = tuple[socket.AddressFamily, tuple[str | int, ...]]  # what `bind` takes; the port is filled in later
+
+_BOTH: Final = ((socket.AF_INET, ("0.0.0.0", 0)), (socket.AF_INET6, ("::", 0)))  # noqa: S104 # asked for by name
+_LOOPBACK: Final = ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0)))
+_KNOWN: Final[dict[str, Sequence[_Address]]] = {"*": _BOTH, "": _BOTH, "::": _BOTH, "localhost": _LOOPBACK}
+
+
+def listen(host: str, port: int, slots: int, backlog: int) -> list[list[socket.socket]]:
+    """One socket per slot and address of `host`, listening, all on the same port; port 0 is any that is free on all.
+
+    Raises StartError when another process serves the port already (SO_REUSEPORT alone would let it be shared in
+    silence), or when this machine or user cannot listen there. Addresses that it does not have are left out, unless
+    none remains.
+    """
+    addresses, skipped = _usable(_resolve(host))
+    for attempt in range(PORT_TRIES):
         try:
-            message = worker.channel.receive()
-        except ControlError as error:
-            message = error
-        if message is None:  # its process ends, or has ended
-            asyncio.get_running_loop().remove_reader(worker.channel.fileno())
-        elif message is not control.NOTHING:
-            self._events.put_nowait(_Said(worker, message))
+            rows = _listen(addresses, port, slots, backlog)
+        except _InUseError:
+            if port != 0 or attempt == PORT_TRIES - 1:
+                raise
+        else:
+            break
+    for address, error in skipped:
+        _log.warning("address_skipped", address=str(address[1][0]), reason=error.strerror)
+    return rows
 
-    def _on_end(self, worker: _Worker) -> None:
-        loop = asyncio.get_running_loop()
-        while loop.remove_reader(worker.pidfd)
+
+class _InUseError(StartError):
+    pass
+
+
+def _resolve(host: str) -> Sequence[_Address]:
+    host = host.removeprefix("[").removesuffix("]")
+    if host in _KNOWN:
+        return _KNOWN[host]
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name in DNS looks like this
+        raise StartError(f"unknown host {host!r}: give a name or an address of this machine by --host") from error
+    return list(dict.fromkeys((family, sockaddr) for family, _, _, _, sockaddr in found))
+
+
+def _usable(addresses: Iterable[_Address]) -> tuple[list[_Address], list[tuple[_Address, OSError]]]:
+    usable, skipped = [], []
+    for address in addresses:
+        try:
+            _bound(address, 0).close()
+        except OSError as error:
+            if error.errno in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}:
+                skipped.append((address, error))
+                continue
+        usable.append(address)
+    if not usable:
+        names = " and ".join(str(address[1][0]) for address, _ in skipped)
+        raise StartError(f"{names} is no address of this machine: give one that is by --host, or 0.0.0.0 for all")
+    return usable, skipped
+
+
+def _listen(addresses: list[_Address], port: int, slots: int, backlog: int) -> list[list[socket.socket]]:
+    rows: list[list[socket.socket]] = [[] for _ in range(slots)]
+    try:
+        for address in addresses:
+            if port != 0:
+                _probe(address, port)
+            for row in rows:
+                row.append(_open(address, port, backlog))
+                port = row[0].getsockname()[1]
+    except BaseException:
+        _close(rows)
+        raise
+    return rows
+
+
+def _probe(address: _Address, port: int) -> None:
+    """Without SO_REUSEPORT nobody else may listen on the port; with SO_REUSEADDR those who have just left do not count."""
+    _open(address, port, None).close()
+
+
+def _open(address: _Address, port: int, backlog: int | None) -> socket.socket:
+    """A socket of ours that listens; without backlog one that could. Raises StartError."""
+    try:
+        bound = _bound(address, port, may_share=backlog is not None)
+        if backlog is not None:
+            bound.listen(backlog)
+    except OSError as error:
+        raise _refusal(_name((address[1][0], port)), error) from error
+    return bound
+
+
+def _bound(address: _Address, port: int, *, may_share: bool = False) -> socket.socket:
+    family, (host, _, *scope) = address
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if may_share:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        bound.bind((host, port, *scope))
+    except BaseException:
+        bound.close()
+        raise
+    return bound
+
+
+def _refusal(name: str, error: OSError) -> StartError:
+    if error.errno == errno.EADDRINUSE:
+        return _InUseError(f"{name} is in use by another process: end that, or choose another port by --port")
+    if error.errno in {errno.EACCES, errno.EPERM}:
+        return StartError(f"{name} is not permitted to this user: choose a port from 1024 up by --port")
+    return StartError(f"cannot listen on {name}: {error.strerror}: choose another address by --host")
+
+
+def _close(rows: Iterable[Iterable[socket.socket]]) -> None:
+    for row in rows:
+        for listener in row:
+            listener.close()
+
+
+def _name(sockaddr: Sequence[str | int]) -> str:
+    host = f"[{sockaddr[0]}]" if ":" in str(sockaddr[0]) else sockaddr[0]
+    return f"{host}:{sockaddr[1]}"
+
+
+def _is_loopback(sockaddr: Sequence[str | int]) -> bool:
+    return ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]).is_loopback

@@ -11,13 +11,16 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from typing import Final
+
+import uvloop
 
 from . import logs
 from ._relay import Relay
 from .connection import Door, Edge
-from .control import Boot, Channel, Heartbeat, Ready, Stop, Stopped
+from .control import Boot, Channel, Failed, Heartbeat, Ready, Stop, Stopped
 from .errors import CloseCode, ExitCode
 from .hub import Hub
 
@@ -126,11 +129,12 @@ def main(fd: int) -> ExitCode:
         return ExitCode.FAILED
     logs.configure(boot.config.log.level, boot.config.log.format, worker=boot.slot)
     try:
-        return uvloop.run(_serve(boot, channel))
+        code: ExitCode = uvloop.run(_serve(boot, channel))
     except Exception as reason:  # noqa: BLE001 (the main loop is one of the three places that catch broadly)
         _log.exception("worker_failed")
         channel.send(Failed(reason=f"{type(reason).__name__}: {reason}"))
         return ExitCode.FAILED
+    return code
 
 
 def _receive_boot(channel: Channel) -> Boot | None:

@@ -24,6 +24,7 @@ import pytest
 
 START_S = 15.0
 STOP_S = 10.0
+PYTHON = os.environ.get("FASTSIG_PYTHON", sys.executable)
 NODE = Path(__file__).parent / "node"
 
 
@@ -33,7 +34,7 @@ class Server:
     def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
         self.process = subprocess.Popen(
-            [os.environ.get("FASTSIG_PYTHON", sys.executable), "-m", "fastsig", "serve", "--port", "0", *args],
+            [PYTHON, "-m", "fastsig", "serve", "--port", "0", *args],
             env=clean | (env or {}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,

@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import PYTHON, Server
 
 Serve = Callable[..., Server]
 END_S = 10.0
@@ -44,9 +43,7 @@ def _is_running(pid: int) -> bool:
 
 
 def _run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "fastsig", *args], capture_output=True, text=True, timeout=20, check=False
-    )
+    return subprocess.run([PYTHON, "-m", "fastsig", *args], capture_output=True, text=True, timeout=20, check=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

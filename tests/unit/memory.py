@@ -7,9 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from fastsig.config import Limits
-
 from fastsig._relay import Connection, Relay
+from fastsig.config import Limits
 from fastsig.connection import Discard, Door
 from fastsig.hub import Hub
 
@@ -198,7 +197,7 @@ class Client:
                 protocol.data_received(data)
             data = data[count:]
 
-    def say(self, text: str | None = None, **message: Any) -> None:
+    def say(self, text: str | None = None, /, **message: Any) -> None:
         """Send one message, given as text or as fields."""
         self.feed(frame(TEXT, text if text is not None else json.dumps(message)))
 
@@ -230,6 +229,14 @@ class Client:
         opcode, payload = self.take_frames()[-1]
         assert opcode == CLOSE, (opcode, payload)
         return int.from_bytes(payload, "big")
+
+    def is_shut(self) -> bool:
+        """Has the server said that it sends no more?"""
+        return self.transport.is_shut
+
+    def is_gone(self) -> bool:
+        """Has the server closed the connection?"""
+        return self.transport.is_gone
 
     def vanish(self) -> None:
         """The connection is lost without a close frame."""
