@@ -52,7 +52,7 @@ modules = cythonize(
     include_path=[str(Path(picows.__file__).parent.parent)],  # where `cimport picows.picows` finds its .pxd
     build_dir=None if COVERAGE else "build/cython",  # the coverage plugin looks for the C file beside the .pyx
     annotate=ANNOTATE,
-    compiler_directives={"linetrace": COVERAGE},
+    compiler_directives={"linetrace": COVERAGE, "auto_pickle": False, "autotestdict": False},  # nothing unused
     force=DEBUG or COVERAGE or ANNOTATE,
 )
 setup(ext_modules=modules, cmdclass={"build_ext": BuildExt})

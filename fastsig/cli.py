@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from cyclopts import UNSET, App, ArgumentCollection, CycloptsError, Group, Parameter, Token, UnusedCliTokensError
+from cyclopts import (
+    UNSET,
+    App,
+    Argument,
+    ArgumentCollection,
+    CycloptsError,
+    Group,
+    Parameter,
+    Token,
+    UnusedCliTokensError,
+)
 from cyclopts.config import Env
 
 from . import __version__
@@ -61,35 +71,41 @@ class _Sources(Env):
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Called by cyclopts between reading the flags and converting the values."""
-        if _flag(arguments, "--dev"):
-            _add(arguments, _DEV, "flag", "--dev")
-        environ = os.environ
+        found = {argument.name: argument for argument in arguments}
+        if "--dev" not in found:
+            return  # a command without options
+        if _given(found["--dev"]):
+            _add(found, _DEV, "flag", "--dev")
         for option in OPTIONS:
-            if text := environ.get(option.env):
-                _add(arguments, {option.key: _parse(option, text, option.env)}, "env", option.env)
-        values, name = _read_file(_flag(arguments, "--config"), environ)
-        _add(arguments, values, "file", name)
-        workers = BY_KEY["server.workers"]
-        if text := environ.get("WEB_CONCURRENCY"):
-            _add(arguments, {workers.key: _parse(workers, text, "WEB_CONCURRENCY")}, "env", "WEB_CONCURRENCY")
-        self.by_key = {option.key: _origin(arguments, option) for option in OPTIONS}
+            self._add_variable(found, option, option.env)
+        values, name = _read_file(_given(found["--config"]))
+        _add(found, values, "file", name)
+        self._add_variable(found, BY_KEY["server.workers"], "WEB_CONCURRENCY")
+        self.by_key = {option.key: _origin(found[option.flag]) for option in OPTIONS}
+
+    @staticmethod
+    def _add_variable(found: Mapping[str, Argument], option: Option, name: str) -> None:
+        if text := os.environ.get(name):
+            _add(found, {option.key: _parse(option, text, name)}, "env", name)
 
 
-def _flag(arguments: ArgumentCollection, name: str) -> Any:
-    """What was given for a flag that is no option: its text, or True; None when it was not given."""
-    token = next(iter(arguments[name].tokens), None)
-    return token and (token.value or token.implicit_value is True)
+def _given(argument: Argument) -> str:
+    """What was typed for a flag that is no option; empty when it was not given, or switched off."""
+    token = next(iter(argument.tokens), None)
+    if token is None or token.implicit_value is False:
+        return ""
+    return token.value or argument.name
 
 
-def _add(arguments: ArgumentCollection, values: Mapping[str, Any], source: str, name: str) -> None:
+def _add(found: Mapping[str, Argument], values: Mapping[str, Any], source: str, name: str) -> None:
     for key, value in values.items():
-        argument = arguments[BY_KEY[key].flag]
+        argument = found[BY_KEY[key].flag]
         if not argument.tokens:
             argument.append(Token(keyword=name, source=source, implicit_value=value))
 
 
-def _origin(arguments: ArgumentCollection, option: Option) -> str:
-    token = next(iter(arguments[option.flag].tokens), None)
+def _origin(argument: Argument) -> str:
+    token = next(iter(argument.tokens), None)
     if token is None:
         return "default"
     return f"{'flag' if token.source == 'cli' else token.source} {token.keyword}"
@@ -102,11 +118,11 @@ def _parse(option: Option, text: str, name: str) -> Any:
         raise ConfigError(f"{name}: {error}, not {option.show_text(text)}") from None
 
 
-def _read_file(flag: str | None, environ: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+def _read_file(flag: str) -> tuple[dict[str, Any], str]:
     """Values by key from the TOML file or text, and what to call it."""
     import tomllib  # noqa: PLC0415 # 6 ms that most starts do not need
 
-    path, body = flag or environ.get(ENV_FILE), environ.get(ENV_BODY)
+    path, body = flag or os.environ.get(ENV_FILE), os.environ.get(ENV_BODY)
     if not path and not body:
         return {}, ""
     if not flag and path and body:

@@ -416,7 +416,7 @@ def read_toml(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
         for item, value in table.items():
             option = BY_KEY.get(f"{section}.{item}")
             if option is None:
-                raise ConfigError(f"{name}: unknown key {item} in [{section}]{_hint(f'{section}.{item}')}")
+                raise ConfigError(f"{name}: unknown key {item} in [{section}]{_hint(section, item)}")
             try:
                 values[option.key] = option.accept(value)
             except ValueError as error:
@@ -429,9 +429,10 @@ def read_toml(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def unknown_variables(names: Iterable[str]) -> dict[str, str]:
     """FASTSIG_* names of an environment that mean nothing, each with the nearest that does, or an empty string."""
-    known = {ENV_FILE, ENV_BODY} | {option.env for option in OPTIONS}
-    strangers = sorted(name for name in names if name.startswith(ENV_PREFIX) and name not in known)
-    return {name: _nearest(name, known) for name in strangers}
+    known = {name.removeprefix(ENV_PREFIX) for name in (ENV_FILE, ENV_BODY, *(option.env for option in OPTIONS))}
+    ours = sorted(name.removeprefix(ENV_PREFIX) for name in names if name.startswith(ENV_PREFIX))
+    near = {name: _nearest(name, known) for name in ours if name not in known}
+    return {f"{ENV_PREFIX}{name}": f"{ENV_PREFIX}{other}" if other else "" for name, other in near.items()}
 
 
 def document() -> str:
@@ -528,21 +529,19 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return next(iter(get_close_matches(name, sorted(known), n=1, cutoff=0.6)), "")
 
 
-def _hint(key: str) -> str:
-    """The cure for a misspelt key: the same name in another section, or the nearest spelling."""
-    name = key.rpartition(".")[2]
-    near = next((option.key for option in OPTIONS if option.name == name), "") or _nearest(key, BY_KEY)
-    if not near:
-        return ""
-    section, _, item = near.partition(".")
-    return f", did you mean {item}?" if key.startswith(f"{section}.") else f", did you mean {item} in [{section}]?"
+def _hint(section: str, name: str) -> str:
+    """The cure for a misspelt key: the nearest spelling in its section, or the same name in another one."""
+    if near := _nearest(name, (option.name for option in OPTIONS if option.section == section)):
+        return f", did you mean {near}?"
+    home = next((option.section for option in OPTIONS if option.name == name), "")
+    return f", did you mean {name} in [{home}]?" if home else ""
 
 
 def _unknown_section(section: str, table: object) -> str:
     if section in SECTIONS:
         return f"[{section}]: expected a table, not {_kind_of(table)}"
     if not isinstance(table, dict):
-        return f"unknown key {section}{_hint(section)}"
+        return f"unknown key {section}{_hint('', section)}"
     near = _nearest(section, SECTIONS)
     return f"unknown section [{section}]" + (f", did you mean [{near}]?" if near else "")
 

@@ -108,8 +108,8 @@ class Channel:
             packet = self._socket.recv(PACKET_BYTES)
         except BlockingIOError:
             return NOTHING
-        except ConnectionResetError:  # it ended with messages of ours unread
-            return None
+        except ConnectionResetError:  # it ended with messages of ours unread; what it sent itself comes after this
+            return self.receive()
         if not packet:
             return None
         try:

@@ -29,13 +29,13 @@ EVENTS: Final[dict[str, str]] = {
     "reload_unsupported": "SIGHUP came; a restart is what takes a new configuration for now.",
     "stopping": "A signal ends the server: connections are closed with code 1001.",
     "forced": "A second signal ends the server without waiting for its peers.",
-    "stop_overdue": "Workers have not ended `seconds` after they were told to, and are killed.",
     "stopped": "The server ends with exit code `code`.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
-    "worker_failed": "The worker of `slot` says that it cannot start, for `reason`.",
-    "worker_died": "The worker of `slot` ended unasked, with exit `status`; it is replaced in `retry_seconds`.",
+    "worker_died": "The worker of `slot` ended unasked, for `reason`; it is replaced in `retry_seconds`.",
+    "worker_killed": "The worker of `slot` was told to end, has not done so in time, and is killed.",
+    "worker_failed": "A worker ends because of the bug, or the lack of something, that `exception` shows.",
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
     "supervisor_gone": "The supervisor has ended: this worker closes its connections and ends too.",
     # a connection

@@ -3,8 +3,8 @@
 `Fleet` decides and does nothing; `Supervisor` does and decides nothing; `listen` is the address book. What happens (a
 signal, a message, a death) is only queued where it is noticed, and handled one by one by `Supervisor.run`.
 
-Invariants: the listening sockets stay open here while the server lives, so what a dead worker had not accepted waits for
-its successor. A worker's end of its control channel is open nowhere but in that worker: each side sees the other's end.
+Invariants: the listening sockets stay open here while the server lives, so what a dead worker had not accepted waits
+for its successor. A worker's end of its control channel is open in that worker alone: each side sees the other's end.
 Must not know: what a worker does; it is executed, never imported. Read `control` for what the two say to each other.
 """
 
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import uvloop
 
@@ -88,9 +88,9 @@ class _Slot:
 class Fleet:
     """When is which slot started? Pure: no I/O; every `now` is an argument, in monotonic seconds.
 
-    A slot is due at first, and again after each death: at once when its worker had lived `SETTLED_S`, else after a delay
-    that doubles with each such death in a row. A slot that dies in its very first launch before it was ready will not do
-    better the next time: that ends everything (`failure`), instead of a loop.
+    A slot is due at first, and again after each death: at once when its worker had lived `SETTLED_S`, else after a
+    delay that doubles with each such death in a row. A slot that dies in its very first launch before it was ready will
+    not do better the next time: that ends everything (`failure`), instead of a loop.
     """
 
     def __init__(self, slots: int) -> None:
@@ -322,7 +322,7 @@ class Supervisor:
             case Ready():
                 self._handle_ready(worker, self._fleet.on_ready(worker.slot, now))
             case Failed(reason):
-                worker.reason = f"worker {worker.slot} cannot start: {reason}"
+                worker.reason = f"worker {worker.slot} failed: {reason}"
             case Stopped():
                 pass  # its end follows; a drain of several workers will wait for this word of all
             case _:  # a worker that cannot be understood cannot be told to stop either
@@ -337,18 +337,16 @@ class Supervisor:
             self._announce()
 
     def _announce(self) -> None:
-        addresses = [_name(listener.getsockname()) for listener in self._listeners[0]]
+        names = [listener.getsockname() for listener in self._listeners[0]]
         _log.info(
             "serving",
             version=__version__,
             pid=os.getpid(),
-            urls=[f"ws://{address}{self._config.server.path}" for address in addresses],
-            port=self._listeners[0][0].getsockname()[1],
+            urls=[f"ws://{_name(bound)}{self._config.server.path}" for bound in names],
+            port=names[0][1],
             workers=len(self._listeners),
         )
-        exposed = [
-            _name(at) for at in (listener.getsockname() for listener in self._listeners[0]) if not _is_loopback(at)
-        ]
+        exposed = [_name(bound) for bound in names if not _is_loopback(bound)]
         if exposed and not self._config.auth.required:
             _log.warning("open_mode", addresses=exposed)
 
@@ -398,14 +396,14 @@ class Supervisor:
 
 
 def _command(module: str, fd: int) -> list[str]:
-    """`-m` would look for modules in the current folder first: not wanted, unless it is where we were found ourselves."""
+    """`-m` would look for modules in the current folder first: -P, unless that is where we were found ourselves."""
     is_checkout = Path().samefile(Path(__file__).parent.parent)
     return [sys.executable, *([] if is_checkout else ["-P"]), "-m", module, str(fd)]
 
 
 # ---- addresses
 
-_Address = tuple[socket.AddressFamily, tuple[str | int, ...]]  # what `bind` takes; the port is filled in later
+_Address = tuple[socket.AddressFamily, tuple[Any, ...]]  # what `bind` takes; the port is filled in later
 
 _BOTH: Final = ((socket.AF_INET, ("0.0.0.0", 0)), (socket.AF_INET6, ("::", 0)))  # noqa: S104 # asked for by name
 _LOOPBACK: Final = ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_INET6, ("::1", 0)))
@@ -480,7 +478,7 @@ def _listen(addresses: list[_Address], port: int, slots: int, backlog: int) -> l
 
 
 def _probe(address: _Address, port: int) -> None:
-    """Without SO_REUSEPORT nobody else may listen on the port; with SO_REUSEADDR those who have just left do not count."""
+    """Without SO_REUSEPORT nobody else may listen there; with SO_REUSEADDR those who have just left do not count."""
     _open(address, port, None).close()
 
 

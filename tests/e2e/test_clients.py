@@ -8,7 +8,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -314,7 +314,7 @@ async def test_message_at_the_limit_passes_and_above_it_is_closed_1009(server: S
 
 async def test_fragments_that_add_up_to_too_much_are_closed_1009(server: Server) -> None:
     async with peer(server) as one:
-        with pytest.raises(ConnectionClosed):
+        with suppress(ConnectionClosed):  # whether the close is seen before the last fragment is sent is a race
             await one.websocket.send([b" " * 40_000] * 1000, text=True)
         assert await one.close_code() == 1009
 
