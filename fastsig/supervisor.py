@@ -383,7 +383,8 @@ class Supervisor:
 
     def _stop(self, *, is_forced: bool) -> None:
         self._fleet.stop()
-        self._kill_at = time.monotonic() + (FORCED_STOP_S if is_forced else STOP_S)
+        kill_at = time.monotonic() + (FORCED_STOP_S if is_forced else STOP_S)
+        self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)  # impatience never adds time
         for worker in self._workers.values():
             worker.send(Stop(is_forced=is_forced))
         _close(self._listeners)  # the workers' copies follow: then new connections are refused, not left waiting

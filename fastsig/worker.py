@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import select
 import signal
 import socket
 import sys
@@ -54,6 +53,7 @@ class Worker:
         self._boot = boot
         self._servers: list[asyncio.Server] = []
         self._stop: asyncio.Future[Stop] = loop.create_future()
+        self._hurry = asyncio.Event()  # a forced stop came: nobody is waited for
 
     async def run(self) -> ExitCode:
         """Serve until told to stop; then close everybody and wait for them, at most `GOODBYE_S`."""
@@ -73,12 +73,15 @@ class Worker:
 
     def _on_control(self) -> None:
         message = self._channel.receive()
-        if message is None or isinstance(message, Stop):
+        if message is None:
+            _log.warning("supervisor_gone")
             self._loop.remove_reader(self._channel.fileno())
-            if message is None:
-                _log.warning("supervisor_gone")
+            message = Stop()
+        if isinstance(message, Stop):
+            if message.is_forced:
+                self._hurry.set()
             if not self._stop.done():
-                self._stop.set_result(message or Stop(is_forced=False))
+                self._stop.set_result(message)
 
     def _tick(self) -> None:
         self.relay.tick(time.monotonic())
@@ -99,13 +102,13 @@ class Worker:
         self.hub.is_draining = True
         for server in self._servers:
             server.close()
-        if stop.is_forced:
-            return
         for connection in self.relay.all_connections():
             connection.send_close(CloseCode(stop.code))
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GOODBYE_S):
-                await self._until_empty()
+        empty = asyncio.ensure_future(self._until_empty())
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        _, pending = await asyncio.wait((empty, hurry), timeout=GOODBYE_S, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in pending:
+            waiter.cancel()
 
     async def _until_empty(self) -> None:
         while self.relay.connections:  # noqa: ASYNC110 (an event in the relay would be there for this moment alone)
@@ -124,24 +127,18 @@ def main(fd: int) -> ExitCode:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the supervisor hears them and tells us
     channel = Channel(socket.socket(fileno=fd))
-    boot = _receive_boot(channel)
-    if boot is None:
+    boot = channel.receive()  # sent before this process began
+    if not isinstance(boot, Boot):
         return ExitCode.FAILED
     logs.configure(boot.config.log.level, boot.config.log.format, worker=boot.slot)
     try:
         code: ExitCode = uvloop.run(_serve(boot, channel))
     except Exception as reason:  # noqa: BLE001 (the main loop is one of the three places that catch broadly)
-        _log.exception("worker_failed")
-        channel.send(Failed(reason=f"{type(reason).__name__}: {reason}"))
+        _log.exception("internal_error")
+        with contextlib.suppress(OSError):  # the supervisor may be gone
+            channel.send(Failed(reason=f"{type(reason).__name__}: {reason}"))
         return ExitCode.FAILED
     return code
-
-
-def _receive_boot(channel: Channel) -> Boot | None:
-    """The first message, sent before this process began; None when the supervisor is gone already."""
-    select.select([channel.fileno()], [], [])
-    message = channel.receive()
-    return message if isinstance(message, Boot) else None
 
 
 async def _serve(boot: Boot, channel: Channel) -> ExitCode:

@@ -1,0 +1,305 @@
+"""Lines of the log, and that the page about them is true."""
+
+import ast
+import io
+import json
+import logging
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from fastsig import logs
+
+ROOT = Path(__file__).parent.parent.parent
+METHODS = {*logs.LEVELS, "exception"}
+RESERVED = {"ts", "level", "event", "logger", "exc_info", "exception"}
+SECRET = {"token", "tokens", "secret", "password", "authorization", "payload", "sdp", "candidate", "key", "keys", "jwt"}
+
+
+class Stream(io.StringIO):
+    is_terminal = False
+
+    def isatty(self) -> bool:
+        return self.is_terminal
+
+    def line(self) -> dict[str, Any]:
+        (line,) = self.getvalue().splitlines()
+        return json.loads(line)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
+    """Where the log goes; all settings are put back."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    before = {name: getattr(logs._output, name) for name in logs._Output.__slots__}
+    yield Stream()
+    root.handlers, root.level = handlers, level
+    for name, value in before.items():
+        setattr(logs._output, name, value)
+
+
+def test_json_line_begins_with_the_four_common_keys(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream)
+    logs.get("fastsig.test").info("serving", port=8080, urls=["ws://localhost/ws"])
+    line = stream.line()
+    assert list(line) == ["ts", "level", "event", "logger", "port", "urls"]
+    assert (line["level"], line["event"], line["logger"]) == ("info", "serving", "fastsig.test")
+    assert (line["port"], line["urls"]) == (8080, ["ws://localhost/ws"])
+
+
+def test_time_is_utc_in_rfc_3339(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream)
+    logs.get("fastsig.test").info("serving")
+    ts = stream.line()["ts"]
+    assert ts.endswith("Z")
+    assert datetime.fromisoformat(ts).utcoffset() == timedelta(0)
+
+
+@pytest.mark.parametrize(("level", "least"), logs.LEVELS.items())
+def test_level_hides_what_is_below(stream: Stream, level: str, least: int) -> None:
+    logs.configure(level, "json", stream=stream)
+    log = logs.get("fastsig.test")
+    for name in logs.LEVELS:
+        getattr(log, name)("serving")
+    shown = [json.loads(line)["level"] for line in stream.getvalue().splitlines()]
+    assert shown == [name for name, number in logs.LEVELS.items() if number >= least]
+
+
+def test_logger_that_was_made_before_follows_the_configuration(stream: Stream) -> None:
+    log = logs.get("fastsig.test").bind(slot=1)
+    logs.configure("info", "json", stream=stream)
+    log.info("serving")
+    assert stream.line()["slot"] == 1
+
+
+def test_fields_of_the_process_are_on_each_line(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream, worker=3)
+    logs.get("fastsig.test").info("serving", port=1)
+    assert stream.line()["worker"] == 3
+
+
+@pytest.mark.parametrize(("is_terminal", "is_json"), [(True, False), (False, True)])
+def test_auto_is_text_on_a_terminal_and_json_elsewhere(stream: Stream, *, is_terminal: bool, is_json: bool) -> None:
+    stream.is_terminal = is_terminal
+    logs.configure("info", "auto", stream=stream)
+    logs.get("fastsig.test").info("serving")
+    assert stream.getvalue().startswith("{") is is_json
+
+
+def test_text_is_one_line_for_people(stream: Stream) -> None:
+    logs.configure("info", "text", stream=stream)
+    logs.get("fastsig.test").warning("cannot_start", reason="the port is taken", port=80, urls=["a", "b"], path="")
+    _, _, rest = stream.getvalue().partition(" ")
+    assert rest == 'warning cannot_start reason="the port is taken" port=80 urls=a,b path=""\n'
+
+
+def test_colours_are_for_terminals_that_want_them(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logs.get("fastsig.test")
+    logs.configure("info", "text", stream=stream)
+    log.info("serving")
+    assert "\x1b" not in stream.getvalue()
+    stream.is_terminal = True
+    logs.configure("info", "text", stream=stream)
+    log.info("serving")
+    assert "\x1b" in stream.getvalue()
+    stream.truncate(0)
+    monkeypatch.setenv("NO_COLOR", "1")
+    logs.configure("info", "text", stream=stream)
+    log.info("serving")
+    assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "text", ["a\nb", "a\r2026-01-01T00:00:00Z info serving", "\x1b[2J", "\u202eabc", "a\u2028b", "\x9b31m"]
+)
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_value_cannot_make_a_line_of_its_own(stream: Stream, style: str, text: str) -> None:
+    logs.configure("info", style, stream=stream)
+    logs.get("fastsig.test").info("serving", peer=text, peers=[text], room={text: text})
+    output = stream.getvalue()
+    if style == "text":
+        assert output.count("\n") == 1
+        assert output.removesuffix("\n").isprintable()
+    else:
+        assert output.count("\n") == 1
+        assert json.loads(output)["peer"] == text
+
+
+@pytest.mark.parametrize("text", ["a=b", 'a"b', "a b", "null"])
+def test_text_value_that_could_mislead_is_quoted(stream: Stream, text: str) -> None:
+    logs.configure("info", "text", stream=stream)
+    logs.get("fastsig.test").info("serving", peer=text)
+    shown = stream.getvalue().partition("peer=")[2].strip()
+    assert shown in {text, json.dumps(text)}
+    assert (shown == text) == (text == "null")
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+def _endless() -> list[Any]:
+    endless: list[Any] = []
+    endless.append(endless)
+    return endless
+
+
+ODD = [
+    Unshowable(), _endless(), object(), b"\xff", "\ud800", 10**40, 10**5000, -(10**40), float("nan"), float("inf"), 1j,
+    {(1, 2): {3}}, {Unshowable(): Unshowable()}, range(3), ValueError("x"), int, Ellipsis, [[[[[[[["deep"]]]]]]]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ODD, ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_no_value_makes_a_log_call_fail(stream: Stream, style: str, value: object) -> None:
+    logs.configure("info", style, stream=stream)
+    logs.get("fastsig.test").info("serving", value=value, values=[value])
+    assert "serving" in stream.getvalue()
+    if style == "json":
+        assert "value" in stream.line()
+
+
+_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.integers(), inner) | st.sets(st.integers()),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=50)
+@given(value=_values)
+def test_any_value_is_plain_when_written(value: object) -> None:
+    assert json.loads(logs._encoder.encode(logs._plain(value))) is not Ellipsis
+    assert logs._quoted(logs._plain(value)).isprintable()
+
+
+def test_object_is_shown_by_its_repr_and_never_by_its_fields(stream: Stream) -> None:
+    """A configuration hides its secrets in its repr; its fields have them."""
+    from fastsig.config import build  # noqa: PLC0415
+
+    logs.configure("info", "json", stream=stream)
+    logs.get("fastsig.test").info("serving", config=build({"auth.keys": ("hush",)}))
+    assert "hush" not in stream.getvalue()
+
+
+@pytest.mark.parametrize("style", ["text", "json"])
+def test_exception_comes_with_its_traceback(stream: Stream, style: str) -> None:
+    logs.configure("info", style, stream=stream)
+    try:
+        raise ValueError("odd\x1b[2J")
+    except ValueError:
+        logs.get("fastsig.test").exception("internal_error", part="x")
+    output = stream.getvalue()
+    assert "Traceback" in output and "ValueError: odd" in output
+    assert "\x1b" not in output
+    if style == "json":
+        assert stream.line()["level"] == "error"
+
+
+def test_exception_outside_of_a_handler_is_a_plain_error(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream)
+    logs.get("fastsig.test").exception("internal_error")
+    assert stream.line()["event"] == "internal_error"
+
+
+def test_logging_of_libraries_is_folded_in(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream)
+    logging.getLogger("asyncio").warning("slow callback %s", "x")
+    line = stream.line()
+    assert (line["event"], line["logger"], line["level"]) == ("library_message", "asyncio", "warning")
+    assert line["message"] == "slow callback x"
+
+
+@pytest.mark.parametrize(("number", "level"), [(5, "trace"), (20, "info"), (25, "info"), (50, "error")])
+def test_level_of_a_library_is_the_next_lower_of_ours(stream: Stream, number: int, level: str) -> None:
+    logs.configure("trace", "json", stream=stream)
+    logging.getLogger("asyncio").log(number, "x")
+    assert stream.line()["level"] == level
+
+
+def test_library_message_that_does_not_fit_its_arguments_is_shown_anyway(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream)
+    logs._Folded().emit(logging.LogRecord("asyncio", logging.ERROR, __file__, 1, "%d left", ("none",), None))
+    assert stream.line()["message"] == "%d left"
+
+
+def test_configuring_again_does_not_double_lines_of_libraries(stream: Stream) -> None:
+    for _ in range(3):
+        logs.configure("info", "json", stream=stream)
+    logging.getLogger("asyncio").error("x")
+    assert stream.line()["message"] == "x"
+
+
+class Broken(Stream):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_log_that_nobody_reads_fails_nobody(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    logs.configure("info", "json", stream=Broken())
+    logs.get("fastsig.test").info("serving")
+    monkeypatch.setattr("sys.stderr", None)
+    logs.configure("info", "auto")
+    logs.get("fastsig.test").info("serving")
+
+
+# ---- the vocabulary
+
+
+def _calls() -> list[tuple[str, ast.Call]]:
+    """Each call of a logger in the package, and where it is."""
+    found = []
+    for path in sorted((ROOT / "fastsig").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            owner = node.func.value
+            name = owner.id if isinstance(owner, ast.Name) else owner.attr if isinstance(owner, ast.Attribute) else ""
+            if node.func.attr in METHODS and name in {"log", "_log"}:
+                found.append((f"{path.name}:{node.lineno}", node))
+    return found
+
+
+def _event(call: ast.Call) -> object:
+    return call.args[0].value if len(call.args) == 1 and isinstance(call.args[0], ast.Constant) else None
+
+
+def test_there_are_calls_to_check() -> None:
+    assert {where.partition(":")[0] for where, _ in _calls()} >= {"supervisor.py", "worker.py", "connection.py"}
+
+
+def test_only_known_events_are_logged() -> None:
+    assert not [where for where, call in _calls() if _event(call) not in logs.EVENTS]
+
+
+def test_every_known_event_is_logged_somewhere() -> None:
+    assert set(logs.EVENTS) - {"library_message"} == {_event(call) for _, call in _calls()}
+
+
+def test_fields_of_events_are_named_and_neither_reserved_nor_secret() -> None:
+    wrong = [
+        (where, keyword.arg) for where, call in _calls() for keyword in call.keywords
+        if keyword.arg is None or keyword.arg in RESERVED | SECRET
+    ]  # fmt: skip
+    assert not wrong
+
+
+def test_nobody_logs_past_this_module() -> None:
+    for path in (ROOT / "fastsig").glob("*.py"):
+        if path.name != "logs.py":
+            text = path.read_text(encoding="utf-8")
+            assert "getLogger" not in text and "structlog" not in text, path.name
+
+
+def test_page_about_the_log_is_up_to_date() -> None:
+    page = ROOT / "docs" / "logs.md"
+    assert page.read_text(encoding="utf-8") == logs.document(), "python -m fastsig.logs > docs/logs.md"
