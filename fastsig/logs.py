@@ -35,7 +35,7 @@ EVENTS: Final[dict[str, str]] = {
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
     "worker_died": "The worker of `slot` ended unasked, for `reason`; it is replaced in `retry_seconds`.",
     "worker_killed": "The worker of `slot` was told to end, has not done so in time, and is killed.",
-    "worker_failed": "A worker ends because of the bug, or the lack of something, that `exception` shows.",
+    "worker_failed": "A worker ends because the machine refuses it something, for `reason`.",
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
     "supervisor_gone": "The supervisor has ended: this worker closes its connections and ends too.",
     # a connection

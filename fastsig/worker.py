@@ -134,7 +134,10 @@ def main(fd: int) -> ExitCode:
     try:
         code: ExitCode = uvloop.run(_serve(boot, channel))
     except Exception as reason:  # noqa: BLE001 (the main loop is one of the three places that catch broadly)
-        _log.exception("internal_error")
+        if isinstance(reason, OSError):  # this machine's, not ours: the supervisor says it in its one line
+            _log.debug("worker_failed", reason=str(reason))
+        else:
+            _log.exception("internal_error")
         with contextlib.suppress(OSError):  # the supervisor may be gone
             channel.send(Failed(reason=f"{type(reason).__name__}: {reason}"))
         return ExitCode.FAILED
