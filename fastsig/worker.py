@@ -84,8 +84,8 @@ class Worker:
                 self._stop.set_result(message)
 
     def _tick(self) -> None:
+        self._loop.call_later(TICK_S, self._tick)  # first: time goes on, whatever the tick brings up
         self.relay.tick(time.monotonic())
-        self._loop.call_later(TICK_S, self._tick)
 
     def _beat(self) -> None:
         self._send(Heartbeat())
