@@ -20,6 +20,7 @@ Invariants
 Read next: `hub` for the rare messages, `connection` for how a connection begins and ends.
 """
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
@@ -229,7 +230,10 @@ cdef class Table:
         self.used -= 1
         Py_DECREF(item)
         if self.mask > 63 and 8 * self.used < self.mask:
-            self._resize((self.mask + 1) // 2)
+            try:
+                self._resize((self.mask + 1) // 2)
+            except MemoryError:
+                pass  # the larger table serves as well
         return 0
 
     cdef void _place(self, uint64_t hash, PyObject *item) noexcept:
@@ -395,6 +399,7 @@ cdef object SOCKET = _Socket()
 
 # --------------------------------------------------------------------------------------------- connections
 
+@cython.no_gc_clear  # the collector would take `relay` away before __dealloc__ leaves the wheel with its help
 cdef class Connection(WSListener):
     """One WebSocket, from its acceptance to its end.
 
@@ -417,6 +422,7 @@ cdef class Connection(WSListener):
     cdef double over_since            # 0: not above it
     cdef size_t try_above             # blocked: ask the kernel again when this much waits
     cdef bint is_dirty, is_blocked, is_doomed, drops_when_sent
+    cdef int broken_by                # close code for input that picows could not parse, 0: none
     cdef int fd
     # input
     cdef State state
@@ -488,11 +494,14 @@ cdef class Connection(WSListener):
 
     def lost(self):
         """The transport is gone (any way it went): tell the others, forget everything. May be called twice."""
+        cdef bint was_open = self.state == OPEN
         self.fd = -1
-        if self.state != CLOSED:
-            self._depart("lost")
-            self.state = CLOSED
-        self._release()
+        self.state = CLOSED
+        try:
+            if was_open:
+                self._depart("lost")
+        finally:
+            self._release()
 
     cdef int _depart(self, str reason) except -1:
         """Out of all rooms, before anything else can be sent there."""
@@ -520,13 +529,11 @@ cdef class Connection(WSListener):
     cdef int _drop(self) except -1:
         """Close the transport now; `lost` follows from it."""
         transport = self.transport
-        if self.state == OPEN:
-            self._depart("lost")
-        self.state = CLOSED
-        self.fd = -1
-        self._release()
-        if transport is not None:
-            self.relay.edge.drop(transport)
+        try:
+            self.lost()
+        finally:
+            if transport is not None:
+                self.relay.edge.drop(transport)
         return 0
 
     @property
@@ -562,10 +569,14 @@ cdef class Connection(WSListener):
 
     def write(self, data):
         """picows writes twice: the answer to the upgrade that was replayed for it (ours is sent already), and the close
-        frame after input that it cannot parse."""
-        if self.state == OPEN:
-            frame = bytes(data)
-            self.fail(int.from_bytes(frame[2:4], "big") if len(frame) >= 4 and frame[0] == 0x88 else 1002)
+        frame after input that it cannot parse. It is one frame ahead: the message before the bad one comes yet."""
+        if self.state == HANDSHAKE or self.broken_by:
+            return
+        frame = bytes(data)
+        self.broken_by = int.from_bytes(frame[2:4], "big") if len(frame) >= 4 and frame[0] == 0x88 else 1002
+        self.relay.edge.discard(self)  # picows would keep all that comes now, and try it again with every read
+        self.relay.doomed.append((self, self.broken_by))
+        self.relay.flush_soon()
 
     def close(self):
         """picows wants the connection gone 10 ms after its close frame: it is on its way out."""
@@ -612,6 +623,8 @@ cdef class Connection(WSListener):
         self.is_doomed = False  # what was noted as the reason is being done
         self._frame(WSMsgType.CLOSE, payload, 2 if code else 0)
         self.state = CLOSING
+        if not (self.drops_when_sent or self.broken_by):
+            self.relay.edge.discard(self)
         self._arm(self.relay.clock() + LINGER_S)
         return 0
 
@@ -726,11 +739,9 @@ cdef class Connection(WSListener):
 
     def writable(self):
         """The kernel takes bytes again (called by the edge)."""
-        if not self.is_blocked:
-            return
-        self._flush()
-        self._flushed()
-        self.relay.flush_soon()
+        if self.is_blocked:
+            self.relay._step(self)
+            self.relay.flush_soon()
 
     cdef int _flushed(self) except -1:
         """After a flush at a place where connections may be closed."""
@@ -772,9 +783,6 @@ cdef class Connection(WSListener):
     cdef int _expire(self, double now) except -1:
         if self.state != OPEN:
             return self._drop()
-        if self.is_blocked:  # in case the edge found no descriptor to watch it with
-            self._flush()
-            self._flushed()
         if now >= self.probe_by:
             if not self._is_alive(PROBE_S):
                 return self.fail(4002)
@@ -828,6 +836,8 @@ cdef class Connection(WSListener):
         except Exception:
             self.relay.on_bug(self)
             self.fail(1011)
+        if self.broken_by and frame.last_in_buffer:
+            self.fail(self.broken_by)
 
     cdef int _other_frame(self, WSFrame frame) except -1:
         if frame.rsv1 or frame.rsv2 or frame.rsv3:
@@ -888,8 +898,8 @@ cdef class Relay:
 
     `hub` gives the callables: `receive(connection, message)` for what is not relayed, `refuse(connection, code, room,
     id, recipients)`, `depart(connection, reason)` when a connection leaves all its rooms. `edge` gives
-    `block(connection)` and `unblock(connection)` (watch its socket for room), `linger(connection)` (its close frame is
-    out), `drop(transport)`.
+    `block(connection)` and `unblock(connection)` (watch its socket for room), `discard(connection)` (nothing that it
+    sends is read any more), `linger(connection)` (its last frame is out), `drop(transport)`.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     """
 
@@ -983,8 +993,8 @@ cdef class Relay:
         member.n = n
         member.meta = NULL_JSON if meta == NULL_JSON else meta
         member.index = PyList_GET_SIZE(room.order)
-        room.order.append(member)
         room.table.put(member)
+        room.order.append(member)
         connection.members.append(member)
         if FASTSIG_DEBUG:
             self._check(room)
@@ -1042,8 +1052,11 @@ cdef class Relay:
                     continue  # dropped by the end of another one
                 if connection.deadline > now:
                     self._turn_to(connection, connection.deadline)
-                else:
+                    continue
+                try:
                     connection._expire(now)
+                except Exception:
+                    self._give_up(connection)
         if self.overdrawn:
             self._close_overdrawn(now)
         self.flush_soon()
@@ -1119,7 +1132,11 @@ cdef class Relay:
     cdef int _mark(self, Connection connection) except -1:
         """To be flushed at the end of this loop turn."""
         cdef PyObject **new
-        if self.dirty_to == self.dirty_size:
+        if self.dirty_to == self.dirty_size and self.dirty_from > self.dirty_size // 2:
+            memmove(self.dirty, self.dirty + self.dirty_from, (self.dirty_to - self.dirty_from) * sizeof(PyObject *))
+            self.dirty_to -= self.dirty_from
+            self.dirty_from = 0
+        elif self.dirty_to == self.dirty_size:
             new = <PyObject **>realloc(self.dirty, (2 * self.dirty_size or 256) * sizeof(PyObject *))
             if new == NULL:
                 raise MemoryError
@@ -1150,25 +1167,46 @@ cdef class Relay:
         """One send per connection that has something to say, then the closes that were noted on the way."""
         cdef Connection connection
         cdef int code
-        cdef size_t end = min(self.dirty_to, self.dirty_from + FLUSHES_PER_TURN)
+        cdef size_t left = min(self.dirty_to - self.dirty_from, <size_t>FLUSHES_PER_TURN)
         self.is_scheduled = False
-        while self.dirty_from < end:
+        while left:
+            left -= 1
             connection = <Connection>self.dirty[self.dirty_from]
             Py_DECREF(connection)
             self.dirty_from += 1
             connection.is_dirty = False
             if not connection.is_blocked:
-                connection._flush()
-                connection._flushed()
+                self._step(connection)
         if self.dirty_from == self.dirty_to:
             self.dirty_from = self.dirty_to = 0
         while self.doomed:
             connection, code = self.doomed.pop()
-            if code == 0:
-                connection._drop()
-            else:
-                connection.fail(code)
+            try:
+                if code == 0:
+                    connection._drop()
+                else:
+                    connection.fail(code)
+            except Exception:
+                self._give_up(connection)
         self.flush_soon()
+
+    cdef int _step(self, Connection connection) except -1:
+        """Flush one connection, at a place where it may be closed."""
+        try:
+            connection._flush()
+            connection._flushed()
+        except Exception:
+            self._give_up(connection)
+        return 0
+
+    cdef int _give_up(self, Connection connection) except -1:
+        """We have a bug: it costs this connection, not those behind it in the list."""
+        self.on_bug(connection)
+        try:
+            connection._drop()
+        except Exception:
+            self.on_bug(connection)
+        return 0
 
     # ---- input: the hot path
 

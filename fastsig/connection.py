@@ -32,7 +32,10 @@ _log = logs.get("fastsig.connection")
 
 HEAD_BYTES: Final = 16384
 HEADERS: Final = 128
-READ_BUFFER_BYTES: Final = 2048  # per connection; grows with the frames that arrive (ARCHITECTURE §3 e)
+# What the kernel keeps unread per connection, set on listening sockets. It bounds what one read loop takes, and so what
+# picows' buffer grows to and keeps: 2.3 MiB per connection after a burst with the kernel's default, 0.1 MiB with this.
+RECEIVE_BYTES: Final = 65536
+READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # Each is one pass without a choice to go back to: no head makes them slow.
@@ -289,32 +292,47 @@ class Edge:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._watched: dict[
-            int, int
-        ] = {}  # id(connection) -> a duplicate descriptor; uvloop watches no transport's own
+        # A duplicate descriptor each, since uvloop watches no transport's own; -1 where there was none to be had.
+        self._watched: dict[Connection, int] = {}
+        self._unwatched = 0
 
     def block(self, connection: Connection) -> None:
         """Call `connection.writable()` whenever its socket takes bytes, until `unblock`."""
+        fd = -1
         try:
             fd = os.dup(connection.transport.get_extra_info("socket").fileno())
-        except OSError as reason:  # out of descriptors: the wheel's next look at this connection ends it
-            _log.warning("cannot_watch", reason=str(reason))
-            return
-        self._watched[id(connection)] = fd
-        self._loop.add_writer(fd, connection.writable)
+            self._loop.add_writer(fd, connection.writable)
+        except OSError as reason:  # out of descriptors or memory: `retry` looks after it
+            if fd >= 0:
+                os.close(fd)
+            fd = -1
+            if not self._unwatched:
+                _log.warning("cannot_watch", reason=str(reason))
+            self._unwatched += 1
+        self._watched[connection] = fd
 
     def unblock(self, connection: Connection) -> None:
         """Stop watching."""
-        fd = self._watched.pop(id(connection), None)
-        if fd is not None:
+        fd = self._watched.pop(connection)
+        if fd < 0:
+            self._unwatched -= 1
+        else:
             self._loop.remove_writer(fd)
             os.close(fd)
 
+    def retry(self) -> None:
+        """Try those that nobody watches; call a few times a second."""
+        if self._unwatched:
+            for connection in [connection for connection, fd in self._watched.items() if fd < 0]:
+                connection.writable()
+
+    def discard(self, connection: Connection) -> None:
+        """Throw away what still comes from that peer."""
+        connection.transport.set_protocol(Discard(connection))
+
     def linger(self, connection: Connection) -> None:
-        """The last byte is with the kernel: say so (FIN), discard until the peer closes; the wheel ends it in 2 s."""
-        transport = connection.transport
-        transport.set_protocol(Discard(connection))
-        transport.write_eof()
+        """The last byte is with the kernel: say so (FIN) and wait for the peer's; the wheel ends it in 2 s."""
+        connection.transport.write_eof()
 
     def drop(self, transport: Any) -> None:
         """Close now. Nothing of ours waits: the relay dropped or sent it."""

@@ -97,13 +97,14 @@ class Hub:
         peer = message.sender or self._make_id()
         connection.identify(peer)
         connection.settle()
-        connection.wants_ack = "ack" in hello.caps
+        granted_caps = protocol.CAPS.intersection(hello.caps or ())
+        connection.wants_ack = "ack" in granted_caps
         limits = self._limits
         granted = protocol.Granted(
             message_bytes=limits.message_bytes, messages_per_s=limits.messages_per_s, rooms=limits.rooms_per_connection
         )
         payload = protocol.WelcomePayload(
-            caps=sorted(protocol.CAPS.intersection(hello.caps)),
+            caps=sorted(granted_caps),
             limits=granted,
             version=__version__,
             server_time=self._unix_clock(),

@@ -164,7 +164,7 @@ class HelloPayload(Struct, frozen=True):
     """What `hello` asks for."""
 
     token: str | None = None
-    caps: list[str] = []
+    caps: list[str] | None = None
     client: str | None = None
 
 

@@ -18,7 +18,7 @@ import uvloop
 
 from . import logs
 from ._relay import Relay
-from .connection import Door, Edge
+from .connection import RECEIVE_BYTES, Door, Edge
 from .control import Boot, Channel, Failed, Heartbeat, Ready, Stop, Stopped
 from .errors import CloseCode, ExitCode
 from .hub import Hub
@@ -28,7 +28,7 @@ _log = logs.get("fastsig.worker")
 PING_S: Final = 25.0  # PROTOCOL §4
 TICK_S: Final = 0.25
 HEARTBEAT_S: Final = 0.5
-GOODBYE_S: Final = 2.0  # PROTOCOL §3.5: how long a peer has to answer our close
+GOODBYE_S: Final = 2.5  # a peer has 2 s to answer our close (PROTOCOL §3.5); then the wheel drops it
 
 
 class Worker:
@@ -48,7 +48,8 @@ class Worker:
             ping_s=PING_S,
         )
         self.hub = Hub(self.relay, limits, generation=boot.generation)
-        self.relay.bind(self.hub, Edge(loop))
+        self._edge = Edge(loop)
+        self.relay.bind(self.hub, self._edge)
         self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
         self._boot = boot
         self._servers: list[asyncio.Server] = []
@@ -59,6 +60,7 @@ class Worker:
         """Serve until told to stop; then close everybody and wait for them, at most `GOODBYE_S`."""
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
             backlog = self._boot.config.server.backlog
             self._servers.append(await self._loop.create_server(self.door, sock=listener, backlog=backlog))
         self._loop.add_reader(self._channel.fileno(), self._on_control)
@@ -85,6 +87,7 @@ class Worker:
 
     def _tick(self) -> None:
         self._loop.call_later(TICK_S, self._tick)  # first: time goes on, whatever the tick brings up
+        self._edge.retry()
         self.relay.tick(time.monotonic())
 
     def _beat(self) -> None:

@@ -105,8 +105,10 @@ class Edge:
     def unblock(self, connection: Connection) -> None:
         self.blocked.remove(connection)
 
-    def linger(self, connection: Connection) -> None:
+    def discard(self, connection: Connection) -> None:
         connection.transport.set_protocol(Discard(connection))
+
+    def linger(self, connection: Connection) -> None:
         connection.transport.write_eof()
 
     def drop(self, transport: Transport) -> None:
@@ -196,6 +198,21 @@ class Client:
                 count = len(data)
                 protocol.data_received(data)
             data = data[count:]
+
+    def feed_at_once(self, data: bytes) -> None:
+        """These bytes arrive in one read, where the buffer has room for them; then the loop runs."""
+        room = self.transport.protocol.get_buffer(-1)
+        assert len(data) <= len(room) or not self.grow(len(data)), "the read buffer is too small for this test"
+        room = self.transport.protocol.get_buffer(-1)
+        room[: len(data)] = data
+        self.transport.protocol.buffer_updated(len(data))
+        self.host.run()
+
+    def grow(self, size: int) -> bool:
+        """Make picows' read buffer hold `size` bytes, by pongs. True when it does not."""
+        while len(self.transport.protocol.get_buffer(-1)) < size:
+            self.feed(frame(PONG) * (len(self.transport.protocol.get_buffer(-1)) // 6 + 1))
+        return False
 
     def say(self, text: str | None = None, /, **message: Any) -> None:
         """Send one message, given as text or as fields."""

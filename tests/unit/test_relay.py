@@ -3,11 +3,14 @@
 import gc
 import json
 import random
+import subprocess
+import sys
 import weakref
 
 import pytest
 
-from fastsig._relay import Connection
+from fastsig._relay import Connection, Member
+from fastsig.connection import Discard
 
 from .memory import BINARY, CLOSE, PING, PONG, TEXT, Client, Host, frame
 
@@ -232,6 +235,35 @@ async def test_close_is_answered_with_the_same_code_and_then_the_connection_is_g
     assert host.relay.connections == host.relay.room_count == 0
 
 
+@pytest.mark.parametrize("bad", [frame(3, "{}"), frame(TEXT, "x" * 65537), frame(TEXT, "{}", masked=False)])
+@pytest.mark.parametrize("is_one_read", [True, False])
+async def test_message_before_a_bad_frame_is_relayed_however_it_arrives(
+    host: Host,
+    bad: bytes,
+    is_one_read: bool,  # noqa: FBT001 (a parameter of the test)
+) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    good = frame(TEXT, json.dumps(offer("a"))) * 2
+    for part in [good + bad] if is_one_read else [good, bad]:
+        b.feed_at_once(part)
+    assert [m["type"] for m in a.take()] == ["offer", "offer", "peer-left"]
+    assert b.take_frames()[-1][0] == CLOSE
+
+
+@pytest.mark.parametrize("last", [frame(3, "{}"), frame(CLOSE, b"\x03\xe8") + frame(3, "{}"), frame(CLOSE) + b"\x80"])
+async def test_peer_that_reads_nothing_and_floods_behind_its_end_is_not_listened_to(host: Host, last: bytes) -> None:
+    """picows keeps what it cannot parse: its buffer would double with every read until the connection is gone."""
+    a = host.join("a")
+    a.transport.accepts = 0
+    a.feed(frame(PING, b"x" * 125) * 10)
+    a.feed_at_once(last)
+    a.feed(frame(3, "{}"))
+    assert isinstance(a.transport.protocol, Discard)
+    host.advance(2.5)
+    assert a.is_gone()
+
+
 async def test_nothing_behind_a_close_is_handled(host: Host) -> None:
     a, b = host.join("a"), host.join("b")
     a.take()
@@ -418,6 +450,63 @@ async def test_exception_in_a_handler_costs_that_connection_alone(host: Host, mo
     b.say(type="ping")
     assert b.take_close() == 1011
     assert [m["type"] for m in a.take()] == ["peer-left"]
+
+
+async def test_exception_while_leaving_costs_that_connection_and_delays_no_other(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, b, c = host.join("a"), host.join("b", room="s"), host.join("c", room="t")
+    host.join("d")
+    host.join("e", room="s")
+    for client in (a, b, c):
+        client.feed(frame(PONG))
+    calls = []
+
+    def fail_once(member: Member, reason: str) -> None:
+        calls.append(member.name)
+        if len(calls) == 1:
+            raise ZeroDivisionError
+        remove(member, reason)
+
+    remove = host.hub._remove
+    monkeypatch.setattr(host.hub, "_remove", fail_once)
+    host.advance(76)
+    assert a.is_shut() + b.is_shut() + c.is_shut() + a.is_gone() + b.is_gone() + c.is_gone() >= 3
+    host.advance(3)
+    assert a.is_gone()
+    assert b.is_gone()
+    assert c.is_gone()
+    assert host.relay.connections == 0
+
+
+async def test_more_connections_than_one_turn_flushes_hear_everything_in_order() -> None:
+    host = Host(peers_per_room=0)
+    crowd = [host.join(f"p{i}") for i in range(1100)]
+    speaker = host.join("speaker")
+    for client in crowd:
+        client.take_bytes()
+    for turn in range(6):
+        speaker.feed_only(frame(TEXT, json.dumps({"type": "message", "room": "r", "id": str(turn)})))
+        host.soon.pop(0)()
+        assert host.soon, "the rest of the crowd is flushed in another turn"
+    host.run()
+    assert all([m["id"] for m in client.take()] == list("012345") for client in crowd)
+
+
+def test_process_ends_cleanly_with_connections_alive() -> None:
+    """The interpreter's last collection takes live connections apart; they leave the wheel without its help."""
+    code = """
+import asyncio, gc
+from tests.unit.memory import Host
+async def main():
+    global host, peers
+    host = Host()
+    peers = [host.join(f"p{i}", room=f"r{i % 7}") for i in range(60)]
+    gc.collect()
+asyncio.run(main())
+"""
+    for _ in range(3):
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 async def test_dead_connections_are_freed(host: Host) -> None:
