@@ -3,6 +3,8 @@
 import asyncio
 import json
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -130,6 +132,22 @@ def test_server_ends_cleanly_with_clients_that_never_answer(serve: Callable[...,
         assert frame(CLOSE, b"\x03\xe9", masked=False) in read_all(client)
         client.close()
     assert not [line for line in server.stderr_lines() if "Traceback" in line or "Fatal" in line]
+
+
+def test_process_ends_cleanly_with_connections_alive() -> None:
+    """The interpreter's last collection takes live connections apart; they leave the wheel without its help."""
+    code = """
+import asyncio, gc
+from tests.unit.memory import Host
+async def main():
+    global host, peers
+    host = Host()
+    peers = [host.join(f"p{i}", room=f"r{i % 7}") for i in range(60)]
+    gc.collect()
+asyncio.run(main())
+"""
+    for _ in range(3):
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def read_all(client: socket.socket) -> bytes:
