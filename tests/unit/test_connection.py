@@ -1,10 +1,12 @@
 """The HTTP edge: what a request head is, and what it opens. No sockets."""
 
 import json
+import os
+from typing import Any, cast
 
 import pytest
 
-from fastsig.connection import HEAD_BYTES, accept_key, read_head
+from fastsig.connection import HEAD_BYTES, Edge, accept_key, read_head
 from fastsig.errors import HttpError
 
 from .memory import HEAD, TEXT, Client, Host, frame
@@ -168,3 +170,67 @@ def test_header_names_are_case_insensitive_and_lists_may_span_lines() -> None:
 
 def test_longest_head_that_is_read_is_the_documented_one() -> None:
     assert HEAD_BYTES == 16384
+
+
+class Blocked:
+    """A connection whose socket is full, as far as the edge looks at one."""
+
+    def __init__(self, fd: int) -> None:
+        self.transport = self
+        self.tries = 0
+        self._fd = fd
+
+    def get_extra_info(self, name: str) -> "Blocked":
+        return self
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def writable(self) -> None:
+        self.tries += 1
+
+
+class Watcher:
+    """The part of a loop that the edge uses."""
+
+    def __init__(self) -> None:
+        self.watched: set[int] = set()
+        self.is_full = False
+
+    def add_writer(self, fd: int, callback: object) -> None:
+        if self.is_full:
+            raise OSError(28, "no room for another watch")
+        self.watched.add(fd)
+
+    def remove_writer(self, fd: int) -> None:
+        self.watched.remove(fd)
+
+
+@pytest.mark.parametrize("what", ["no descriptor", "no watch"])
+def test_socket_that_cannot_be_watched_is_tried_by_the_clock(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_descriptor(fd: int) -> int:
+        raise OSError(24, "too many open files")
+
+    watcher, connection = Watcher(), Blocked(0)
+    edge: Any = Edge(cast(Any, watcher))
+    with monkeypatch.context() as patch:
+        if what == "no descriptor":
+            patch.setattr("os.dup", no_descriptor)
+        watcher.is_full = True
+        edge.block(connection)
+    edge.retry()
+    edge.retry()
+    assert connection.tries == 2
+    edge.unblock(connection)
+    edge.retry()
+    assert connection.tries == 2
+    watcher.is_full = False
+    edge.block(connection)
+    (fd,) = watcher.watched
+    assert fd != 0, "the transport's own descriptor is not watched"
+    edge.retry()
+    assert connection.tries == 2
+    edge.unblock(connection)
+    assert not watcher.watched
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
