@@ -18,7 +18,7 @@ from typing import Final
 
 from msgspec import Raw
 
-from . import __version__, logs, protocol
+from . import __version__, logs, protocol, routing
 from ._relay import Connection, Member, Message, Relay, Room
 from .config import Limits
 from .errors import CATALOGUE, CloseCode, ProtocolError
@@ -48,7 +48,7 @@ class Hub:
         self._clock = clock
         self._unix_clock = unix_clock
         self._make_id = make_id or (lambda: secrets.token_urlsafe(16))
-        self._last_n = generation << 32
+        self._ordinals = routing.ordinals(generation)
         self._handlers: dict[str, Callable[[Connection, Message], None]] = {
             "hello": self._hello,
             "join": self._join,
@@ -119,8 +119,7 @@ class Hub:
         if connection.peer is None:
             connection.identify(peer)
         connection.settle()
-        self._last_n += 1
-        member = self._relay.add_member(name, connection, self._last_n, bytes(join.meta))
+        member = self._relay.add_member(name, connection, next(self._ordinals), bytes(join.meta))
         if room is None:
             member.room.max_peers = join.max_peers
         roster = [
