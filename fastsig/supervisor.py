@@ -29,6 +29,7 @@ from . import __version__, control, logs
 from .config import Config
 from .control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped, ToWorker
 from .errors import ExitCode, StartError
+from .metrics import Counters
 
 _log = logs.get("fastsig.supervisor")
 
@@ -239,6 +240,7 @@ class Supervisor:
         self._code = ExitCode.OK
         self._kill_at: float | None = None
         self._has_served = False
+        self._counters = Counters(len(listeners))
 
     async def run(self) -> ExitCode:
         """Until the last worker has ended. Raises StartError when the first launch fails."""
@@ -253,6 +255,7 @@ class Supervisor:
             for worker in self._workers.values():
                 worker.process.kill()
                 worker.close()
+            self._counters.close()
         if self._fleet.failure is not None:
             raise StartError(self._fleet.failure)
         _log.info("stopped", code=int(self._code))
@@ -290,6 +293,8 @@ class Supervisor:
                 self._replace(start.slot, f"worker {start.slot} cannot be started: {error}", _log.bind(slot=start.slot))
             else:
                 self._workers[start.slot] = worker
+                if start.generation > 1:
+                    self._counters.add(start.slot, "restarts_total")
                 worker.watch(self._events)
                 worker.log.debug("worker_started", generation=start.generation)
 
@@ -299,11 +304,12 @@ class Supervisor:
         channel, theirs = control.pair()
         with contextlib.ExitStack() as undo, theirs:
             undo.callback(channel.close)
-            channel.send(Boot(self._config, start.slot, len(self._listeners), start.generation, listeners))
+            counters = self._counters.fd
+            channel.send(Boot(self._config, start.slot, len(self._listeners), start.generation, listeners, counters))
             process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
                 _command(self._module, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), *listeners),
+                pass_fds=(theirs.fileno(), counters, *listeners),
                 start_new_session=True,  # a terminal's ^C is for the supervisor alone
             )
             undo.callback(process.wait)
@@ -353,6 +359,7 @@ class Supervisor:
     def _handle_end(self, worker: _Worker) -> None:
         del self._workers[worker.slot]
         status = worker.close()
+        self._counters.zero_gauges(worker.slot)
         words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
         if self._fleet.is_stopping:
             if status != 0:

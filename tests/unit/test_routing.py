@@ -8,13 +8,14 @@ import random
 
 import msgspec
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fastsig.errors import InvariantError
 from fastsig.routing import GENERATIONS, Address, View, mix64, ordinals
 
 KEY = bytes(range(16))
-ROOMS = [f"room-{number}" for number in range(60)]
+FEW = settings(max_examples=25)  # all unit tests together have three seconds
+ROOMS = [f"room-{number}" for number in range(20)]
 
 keys = st.binary(min_size=16, max_size=16)
 slots = st.lists(st.integers(0, 1023), unique=True, max_size=6).map(tuple)
@@ -27,12 +28,14 @@ def _owners(view: View) -> dict[str, Address]:
     return {room: view.owner(room) for room in ROOMS}
 
 
+@FEW
 @given(view=views, room=rooms)
 def test_owner_is_a_worker_of_the_view(view: View, room: str) -> None:
     node, slot = view.owner(room)
     assert slot in view.nodes[node]
 
 
+@FEW
 @given(view=views, order=st.randoms(use_true_random=False))
 def test_views_of_the_same_data_agree(view: View, order: random.Random) -> None:
     names = list(view.nodes)
@@ -44,6 +47,7 @@ def test_views_of_the_same_data_agree(view: View, order: random.Random) -> None:
     assert _owners(travelled) == _owners(view)
 
 
+@FEW
 @given(view=views, data=st.data())
 def test_slot_that_goes_moves_only_its_rooms(view: View, data: st.DataObject) -> None:
     node = data.draw(st.sampled_from(sorted(name for name, found in view.nodes.items() if len(found) > 1) or [""]))
@@ -57,6 +61,7 @@ def test_slot_that_goes_moves_only_its_rooms(view: View, data: st.DataObject) ->
         assert after[room].node == owner.node
 
 
+@FEW
 @given(view=views, data=st.data(), is_emptied=st.booleans())
 def test_node_that_goes_moves_only_its_rooms(view: View, data: st.DataObject, *, is_emptied: bool) -> None:
     gone = data.draw(st.sampled_from(sorted(view.nodes)))
