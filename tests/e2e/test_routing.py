@@ -4,6 +4,8 @@ import collections
 import json
 import os
 import subprocess
+import sys
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -13,6 +15,7 @@ from tests.e2e.conftest import PYTHON
 
 KEY = bytes(range(16))
 ROOMS = 100_000
+ROOT = Path(__file__).parents[2]
 
 PATTERNS = {
     "counted": "room-{}",
@@ -37,6 +40,13 @@ def test_nodes_and_their_slots_share_rooms_evenly() -> None:
     shares = collections.Counter(view.owner(f"room-{number}") for number in range(ROOMS))
     assert len(shares) == 16
     assert all(abs(share * 16 / ROOMS - 1) < 0.1 for share in shares.values()), shares
+
+
+def test_rules_hold_for_many_more_views() -> None:
+    command = [sys.executable, "-m", "pytest", "--quiet", "tests/unit/test_routing.py"]
+    environ = os.environ | {"ROUTING_EXAMPLES": "300"}
+    run = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=50, check=False)
+    assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize("seed", ["0", "1", "4294967295"])
