@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from _typeshed import WriteableBuffer
 from picows import WSFrame, WSListener, WSTransport
 
 class _Hub(Protocol):
@@ -102,6 +103,7 @@ class Relay:
         *,
         call_soon: Callable[[Callable[[], None]], Any],
         clock: Callable[[], float],
+        counters: WriteableBuffer,
         message_bytes: int,
         output_bytes: int,
         handshake_s: float,
@@ -113,6 +115,7 @@ class Relay:
     @property
     def room_count(self) -> int: ...
     def bind(self, hub: _Hub, edge: _Edge) -> None: ...
+    def count(self, index: int) -> None: ...
     def find_room(self, name: str) -> Room | None: ...
     def add_member(self, room_name: str, connection: Connection, n: int, meta: bytes) -> Member: ...
     def remove_member(self, member: Member) -> None: ...

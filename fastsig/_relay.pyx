@@ -16,11 +16,13 @@ Invariants
 - A connection that is not OPEN is a member of no room.
 - `fd` is -1 before the transport that owns it can close it: a number that was reused is another peer's socket.
 - An envelope that a peer sees is written from validated values; payload bytes are copied unread.
+- Nobody else writes to the words that it counts in (`metrics` says what they mean).
 
 Read next: `hub` for the rare messages, `connection` for how a connection begins and ends.
 """
 
 cimport cython
+from cpython.buffer cimport Py_buffer, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
@@ -113,6 +115,23 @@ cdef enum State:
     LINGERING  # it is sent; what the peer still sends is thrown away until it closes
     CLOSED     # the transport was told to close, or is gone
 
+cdef enum:  # what the worker counts: the index of a 64-bit word, in the order of `metrics.METRICS`
+    CONNECTIONS
+    CONNECTIONS_TOTAL
+    HANDSHAKES_REFUSED_TOTAL
+    ROOMS
+    MEMBERS
+    RELAYED_MESSAGES_RECEIVED_TOTAL
+    OTHER_MESSAGES_RECEIVED_TOTAL
+    MESSAGES_DELIVERED_TOTAL
+    ERRORS_SENT_TOTAL
+    RECEIVED_BYTES_TOTAL
+    SENT_BYTES_TOTAL
+    SLOW_READERS_CLOSED_TOTAL
+    UNANSWERED_PINGS_CLOSED_TOTAL
+    RESTARTS_TOTAL  # the supervisor's: never written here
+    WORDS           # how many there are
+
 cdef enum:
     CHUNK = 4096            # an output buffer starts as one of these, from the relay's pool
     POOLED_CHUNKS = 1024
@@ -121,6 +140,7 @@ cdef enum:
     OVERDRAFT = 33554432    # bytes of one worker above the limits for slow readers
     MAX_FRAGMENTS = 4096    # per message: empty fragments would cost CPU for ever
     ROOMY_HEADER = 10       # the longest header of a frame that a server sends (RFC 6455 §5.2)
+    MASK_BYTES = 4          # a client's frames have them too
     WHEEL = 256             # slots; a deadline further away than a turn of the wheel is put back when it comes up
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
@@ -427,6 +447,7 @@ cdef class Connection(WSListener):
     # input
     cdef State state
     cdef bint is_heard                # something arrived since the last ping
+    cdef bint is_counted              # it is one of the open connections
     cdef char *parts                  # an open fragmented message
     cdef size_t parts_used, parts_size
     cdef uint32_t parts_count         # 0: none is open
@@ -467,6 +488,9 @@ cdef class Connection(WSListener):
         """The handshake is answered: frames are messages from now on."""
         cdef double now = self.relay.clock()
         self.state = OPEN
+        self.is_counted = True
+        self.relay.words[CONNECTIONS] += 1
+        self.relay.words[CONNECTIONS_TOTAL] += 1
         self.ping_at = now + self.relay.ping_s if self.relay.ping_s else 1e300
         self.join_by = now + self.relay.first_message_s if self.relay.first_message_s else 1e300
         self.probe_by = 1e300
@@ -513,6 +537,9 @@ cdef class Connection(WSListener):
 
     cdef int _release(self) except -1:
         self._unlink()
+        if self.is_counted:
+            self.is_counted = False
+            self.relay.words[CONNECTIONS] -= 1
         if self.is_blocked:
             self.is_blocked = False
             self.relay.edge.unblock(self)
@@ -611,6 +638,10 @@ cdef class Connection(WSListener):
     cdef int fail(self, int code) except -1:
         """The peer broke RFC 6455, or a limit that ends the connection."""
         if self.state == OPEN:
+            if code == 4003:
+                self.relay.words[SLOW_READERS_CLOSED_TOTAL] += 1
+            elif code == 4002:
+                self.relay.words[UNANSWERED_PINGS_CLOSED_TOTAL] += 1
             self._depart("lost")
             self._close_frame(code)
         return 0
@@ -693,6 +724,7 @@ cdef class Connection(WSListener):
                 self.relay._doom(self, 0)
                 return 0
             self.out_from += sent
+            self.relay.words[SENT_BYTES_TOTAL] += sent
         self.out_from = self.out_to = 0
         if self.overdraft:
             self._overdraw(0)
@@ -827,6 +859,7 @@ cdef class Connection(WSListener):
         if self.state != OPEN:
             return
         self.is_heard = True
+        self.relay.words[RECEIVED_BYTES_TOTAL] += header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
         try:
             if frame.msg_type == WSMsgType.TEXT and frame.fin and not (
                     self.parts_count or frame.rsv1 or frame.rsv2 or frame.rsv3):
@@ -901,6 +934,7 @@ cdef class Relay:
     `block(connection)` and `unblock(connection)` (watch its socket for room), `discard(connection)` (nothing that it
     sends is read any more), `linger(connection)` (its last frame is out), `drop(transport)`.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
+    `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.
     """
 
     cdef object call_soon, clock, edge
@@ -923,6 +957,8 @@ cdef class Relay:
     cdef uint64_t ticked            # the last tick that was handled
     cdef readonly size_t connections
     cdef fs_envelope envelope       # of the message being received
+    cdef Py_buffer counters         # what `words` points into
+    cdef uint64_t *words            # WORDS of them
 
     def __cinit__(self):
         self.table = Table()
@@ -932,7 +968,15 @@ cdef class Relay:
         if self.pool == NULL:
             raise MemoryError
 
-    def __init__(self, *, call_soon, clock, message_bytes, output_bytes, handshake_s, first_message_s, ping_s):
+    def __init__(self, *, call_soon, clock, counters, message_bytes, output_bytes, handshake_s, first_message_s,
+                 ping_s):
+        if self.words != NULL:
+            raise InvariantError("a relay is made once")
+        PyObject_GetBuffer(counters, &self.counters, PyBUF_WRITABLE)
+        if self.counters.len < <Py_ssize_t>(WORDS * sizeof(uint64_t)) or <size_t>self.counters.buf % sizeof(uint64_t):
+            PyBuffer_Release(&self.counters)
+            raise InvariantError("the buffer for the counters is too short, or not aligned")
+        self.words = <uint64_t *>self.counters.buf
         self.call_soon = call_soon
         self.clock = clock
         self.message_bytes = message_bytes
@@ -961,6 +1005,14 @@ cdef class Relay:
             Py_DECREF(<object>self.dirty[self.dirty_from])
             self.dirty_from += 1
         free(self.dirty)
+        if self.words != NULL:
+            PyBuffer_Release(&self.counters)
+
+    def count(self, size_t index):
+        """One more of what Python code counts; `index` is that of `metrics.INDEX`."""
+        if index >= WORDS:
+            raise InvariantError("there is no such counter")
+        self.words[index] += 1
 
     # ---- rooms
 
@@ -986,6 +1038,7 @@ cdef class Relay:
             room.table = Table()
             room.order = []
             self.table.put(room)
+            self.words[ROOMS] += 1
         member = Member.__new__(Member)
         name_it(member, connection.raw, connection.json)
         member.room = room
@@ -996,6 +1049,7 @@ cdef class Relay:
         room.table.put(member)
         room.order.append(member)
         connection.members.append(member)
+        self.words[MEMBERS] += 1
         if FASTSIG_DEBUG:
             self._check(room)
         return member
@@ -1009,8 +1063,10 @@ cdef class Relay:
             last.index = member.index
         room.table.remove(member)
         member.connection.members.remove(member)
+        self.words[MEMBERS] -= 1
         if not room.order:
             self.table.remove(room)
+            self.words[ROOMS] -= 1
         if FASTSIG_DEBUG:
             self._check(room)
 
@@ -1215,9 +1271,11 @@ cdef class Relay:
 
         A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
         cdef int verdict = fs_scan(p, n, &self.envelope)
+        if verdict == FS_OK and is_relayed(self.envelope.type.p, self.envelope.type.n):
+            self.words[RELAYED_MESSAGES_RECEIVED_TOTAL] += 1
+            return self._relay(connection)
+        self.words[OTHER_MESSAGES_RECEIVED_TOTAL] += 1
         if verdict == FS_OK:
-            if is_relayed(self.envelope.type.p, self.envelope.type.n):
-                return self._relay(connection)
             self.on_message(connection, message_of(&self.envelope))
             return 0
         if verdict == FS_BAD_UTF8:
@@ -1251,6 +1309,7 @@ cdef class Relay:
             n = self._envelope_size(sender, None)
             self._envelope(self._scratch(n + ROOMY_HEADER), n, sender, None)
             delivered = self._fan_out(sender.room, sender, header_size(n) + n)
+        self.words[MESSAGES_DELIVERED_TOTAL] += delivered
         if connection.wants_ack and e.id.p != NULL:
             self._ack(connection, delivered)
         return 0

@@ -301,6 +301,38 @@ def health(
     return ExitCode.OK
 
 
+@app.command
+def status(
+    *,
+    json: Annotated[bool, Parameter(negative=(), show_env_var=False)] = False,
+    given: Hidden = _NOTHING,
+) -> ExitCode:
+    """Show the workers of a running server on this machine; exit code 1 when there is none.
+
+    The server is the one that the options of serve describe: --port, and --server.runtime-dir where it is set.
+
+    Parameters
+    ----------
+    json
+        One line of JSON with every counter, instead of a table.
+    """
+    import time  # noqa: PLC0415 # only here, as the next two
+
+    import msgspec  # noqa: PLC0415
+
+    from .status import UnusableError, ask_twice, folder, table  # noqa: PLC0415
+
+    server = _settle(given).server
+    if not server.port:
+        raise ConfigError("server.port is 0, so the port is not known here: give --port")
+    try:
+        found = ask_twice(folder(server.runtime_dir), server.port)
+    except UnusableError as error:
+        return _complain(str(error))
+    sys.stdout.write(f"{msgspec.json.encode(found).decode()}\n" if json else table(found, time.time()))
+    return ExitCode.OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     try:

@@ -94,7 +94,8 @@ class Server:
     )
     runtime_dir: str = _option(
         "",
-        "Folder of the control socket; empty: $XDG_RUNTIME_DIR/fastsig, else a temporary one of the user.",
+        "Folder of the socket that fastsig status asks; empty: $XDG_RUNTIME_DIR/fastsig, else a temporary one.",
+        has_effect=True,
     )
     echo_path: str = _option("", "Path that echoes, for conformance tests from loopback; empty: none.")
 

@@ -23,7 +23,7 @@ import msgspec
 from picows import WSAutoPingStrategy
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its stub, yet what api.py builds on
 
-from . import logs
+from . import logs, metrics
 from ._relay import Connection, Relay
 from .errors import HttpError
 from .protocol import SUBPROTOCOL
@@ -47,6 +47,7 @@ _REPLAYED: Final = (
     b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
+_REFUSED: Final = metrics.INDEX["handshakes_refused_total"]
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
 
@@ -233,6 +234,7 @@ class Handshake(asyncio.Protocol):
                 self._connection.send_last(answer)
 
     def _refuse(self, refusal: HttpError) -> None:
+        self._door.relay.count(_REFUSED)
         fields = {"type": "error", "code": refusal.code, "message": refusal.sentence, "retry": refusal.status >= 500}
         self._connection.send_last(http_response(refusal.status, msgspec.json.encode(fields), headers=refusal.headers))
 

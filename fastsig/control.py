@@ -19,7 +19,8 @@ PACKET_BYTES: Final = 131072  # no message is longer; the kernel's own limit is 
 
 
 class Boot(Struct, tag="boot", frozen=True):
-    """To the worker, once and first: what to be. `listeners`: numbers of inherited listening sockets.
+    """To the worker, once and first: what to be. `listeners`: numbers of inherited listening sockets;
+    `counters`: that of the shared map (see `metrics`).
 
     `generation` grows each time the slot is started anew; below 2^21 (ARCHITECTURE §1).
     """
@@ -29,6 +30,7 @@ class Boot(Struct, tag="boot", frozen=True):
     slots: int
     generation: int
     listeners: list[int]
+    counters: int
 
 
 class Stop(Struct, tag="stop", frozen=True):

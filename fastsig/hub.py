@@ -18,7 +18,7 @@ from typing import Final
 
 from msgspec import Raw
 
-from . import __version__, logs, protocol
+from . import __version__, logs, metrics, protocol, routing
 from ._relay import Connection, Member, Message, Relay, Room
 from .config import Limits
 from .errors import CATALOGUE, CloseCode, ProtocolError
@@ -27,6 +27,8 @@ _log = logs.get("fastsig.hub")
 
 ID_TAKEN_AFTER_MS: Final = 6000  # PROTOCOL §3.2: by then the probe of the older connection has ended
 ERROR_WINDOW_S: Final = 5.0
+
+_ERRORS_SENT: Final = metrics.INDEX["errors_sent_total"]
 
 
 class Hub:
@@ -48,7 +50,7 @@ class Hub:
         self._clock = clock
         self._unix_clock = unix_clock
         self._make_id = make_id or (lambda: secrets.token_urlsafe(16))
-        self._last_n = generation << 32
+        self._ordinals = routing.ordinals(generation)
         self._handlers: dict[str, Callable[[Connection, Message], None]] = {
             "hello": self._hello,
             "join": self._join,
@@ -75,6 +77,7 @@ class Hub:
         """One `error`; the counted kind ends a connection that insists (4509)."""
         entry = CATALOGUE[code]
         connection.send(protocol.error(entry, room=room, id=id, recipients=recipients, after_ms=after_ms))
+        self._relay.count(_ERRORS_SENT)
         if entry.is_counted and self._is_one_too_many(connection):
             connection.send_close(CloseCode.TOO_MANY_ERRORS, "lost")
 
@@ -120,8 +123,7 @@ class Hub:
         if connection.peer is None:
             connection.identify(peer)
         connection.settle()
-        self._last_n += 1
-        member = self._relay.add_member(name, connection, self._last_n, bytes(join.meta))
+        member = self._relay.add_member(name, connection, next(self._ordinals), bytes(join.meta))
         if room is None:
             member.room.max_peers = join.max_peers
         roster = [

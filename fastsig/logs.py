@@ -26,6 +26,7 @@ EVENTS: Final[dict[str, str]] = {
     "open_mode": "Whoever can reach `addresses` may join any room: no tokens are required, beyond loopback.",
     "address_skipped": "This machine cannot listen on `address`, for `reason`; the others are served.",
     "cannot_start": "The server ends with exit code 3 for `reason`.",
+    "status_unavailable": "`fastsig status` cannot ask this server, for `reason`; all else works.",
     "reload_unsupported": "SIGHUP came; a restart is what takes a new configuration for now.",
     "stopping": "A signal ends the server: connections are closed with code 1001.",
     "forced": "A second signal ends the server without waiting for its peers.",

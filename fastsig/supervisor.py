@@ -29,6 +29,8 @@ from . import __version__, control, logs
 from .config import Config
 from .control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped, ToWorker
 from .errors import ExitCode, StartError
+from .metrics import Counters
+from .status import Service, Status, UnusableError, WorkerStatus, folder, read_process
 
 _log = logs.get("fastsig.supervisor")
 
@@ -133,6 +135,10 @@ class Fleet:
 
     def on_heartbeat(self, slot: int, now: float) -> None:
         self._slots[slot].heard_at = now
+
+    def generation(self, slot: int) -> int:
+        """How often `slot` was started."""
+        return self._slots[slot].generation
 
     def heard_at(self, slot: int) -> float:
         """When the worker of `slot` was last heard of; its start counts."""
@@ -239,12 +245,16 @@ class Supervisor:
         self._code = ExitCode.OK
         self._kill_at: float | None = None
         self._has_served = False
+        self._counters = Counters(len(listeners))
+        self._bound = [listener.getsockname() for listener in listeners[0]]
+        self._started_at = time.time()
 
     async def run(self) -> ExitCode:
         """Until the last worker has ended. Raises StartError when the first launch fails."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._events.put_nowait, number)
+        service = await self._open_service()
         try:
             while not self._fleet.is_over:
                 self._start_due()
@@ -253,6 +263,8 @@ class Supervisor:
             for worker in self._workers.values():
                 worker.process.kill()
                 worker.close()
+            service.close()
+            self._counters.close()
         if self._fleet.failure is not None:
             raise StartError(self._fleet.failure)
         _log.info("stopped", code=int(self._code))
@@ -290,6 +302,8 @@ class Supervisor:
                 self._replace(start.slot, f"worker {start.slot} cannot be started: {error}", _log.bind(slot=start.slot))
             else:
                 self._workers[start.slot] = worker
+                if start.generation > 1:
+                    self._counters.add(start.slot, "restarts_total")
                 worker.watch(self._events)
                 worker.log.debug("worker_started", generation=start.generation)
 
@@ -299,11 +313,12 @@ class Supervisor:
         channel, theirs = control.pair()
         with contextlib.ExitStack() as undo, theirs:
             undo.callback(channel.close)
-            channel.send(Boot(self._config, start.slot, len(self._listeners), start.generation, listeners))
+            counters = self._counters.fd
+            channel.send(Boot(self._config, start.slot, len(self._listeners), start.generation, listeners, counters))
             process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
                 _command(self._module, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), *listeners),
+                pass_fds=(theirs.fileno(), counters, *listeners),
                 start_new_session=True,  # a terminal's ^C is for the supervisor alone
             )
             undo.callback(process.wait)
@@ -311,6 +326,29 @@ class Supervisor:
             worker = _Worker(start.slot, process, channel, os.pidfd_open(process.pid))
             undo.pop_all()
         return worker
+
+    # Status
+
+    async def _open_service(self) -> Service:
+        service = Service(folder(self._config.server.runtime_dir), self._bound[0][1], self._report)
+        try:
+            await service.open()
+        except UnusableError as error:
+            _log.warning("status_unavailable", reason=str(error))
+        return service
+
+    def _report(self) -> Status:
+        workers = [self._report_slot(slot) for slot in range(len(self._listeners))]
+        return Status(__version__, os.getpid(), self._urls(), self._started_at, workers)
+
+    def _report_slot(self, slot: int) -> WorkerStatus:
+        worker = self._workers.get(slot)
+        pid = None if worker is None else worker.process.pid
+        process = None if pid is None else read_process(pid)
+        return WorkerStatus(slot, self._fleet.generation(slot), pid, process, self._counters.read(slot))
+
+    def _urls(self) -> list[str]:
+        return [f"ws://{_name(bound)}{self._config.server.path}" for bound in self._bound]
 
     # Messages and ends
 
@@ -337,22 +375,22 @@ class Supervisor:
             self._announce()
 
     def _announce(self) -> None:
-        names = [listener.getsockname() for listener in self._listeners[0]]
         _log.info(
             "serving",
             version=__version__,
             pid=os.getpid(),
-            urls=[f"ws://{_name(bound)}{self._config.server.path}" for bound in names],
-            port=names[0][1],
+            urls=self._urls(),
+            port=self._bound[0][1],
             workers=len(self._listeners),
         )
-        exposed = [_name(bound) for bound in names if not _is_loopback(bound)]
+        exposed = [_name(bound) for bound in self._bound if not _is_loopback(bound)]
         if exposed and not self._config.auth.required:
             _log.warning("open_mode", addresses=exposed)
 
     def _handle_end(self, worker: _Worker) -> None:
         del self._workers[worker.slot]
         status = worker.close()
+        self._counters.zero_gauges(worker.slot)
         words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
         if self._fleet.is_stopping:
             if status != 0:

@@ -16,7 +16,7 @@ from typing import Final
 
 import uvloop
 
-from . import logs
+from . import logs, metrics
 from ._relay import Relay
 from .connection import RECEIVE_BYTES, Door, Edge
 from .control import Boot, Channel, Failed, Heartbeat, Ready, Stop, Stopped
@@ -41,6 +41,7 @@ class Worker:
         self.relay = Relay(
             call_soon=loop.call_soon,
             clock=time.monotonic,
+            counters=metrics.open_slab(boot.counters, boot.slot),
             message_bytes=limits.message_bytes,
             output_bytes=limits.output_bytes,
             handshake_s=limits.handshake_seconds,

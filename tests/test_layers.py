@@ -17,7 +17,8 @@ LAYERS = (
     ("domain", "hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
     ("edge", "connection ops"),
-    ("process", "control worker supervisor"),
+    # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
+    ("process", "control status worker supervisor"),
     ("outside", "client cli"),
 )
 ORDER = [name for _, names in LAYERS for name in names.split()]

@@ -33,9 +33,10 @@ class Server:
 
     def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
+        self.runtime_dir = cwd / "run"
         self.process = subprocess.Popen(
-            [PYTHON, "-m", "fastsig", "serve", "--port", "0", *args],
-            env=clean | (env or {}),
+            [PYTHON, "-m", "fastsig", "serve", *args],
+            env=clean | {"FASTSIG_SERVER_PORT": "0", "FASTSIG_SERVER_RUNTIME_DIR": str(cwd / "run")} | (env or {}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from fastsig import metrics
 from fastsig._relay import Connection, Relay
 from fastsig.config import Limits
 from fastsig.connection import Discard, Door
@@ -123,9 +124,11 @@ class Host:
         self.now = 1000.0
         self.soon: list[Callable[[], None]] = []
         self.limits = Limits(**limits)
+        self.slab = bytearray(metrics.SLAB_BYTES)
         self.relay = Relay(
-            call_soon=self.soon.append, clock=lambda: self.now, message_bytes=self.limits.message_bytes,
-            output_bytes=output_bytes, handshake_s=handshake_s, first_message_s=first_message_s, ping_s=ping_s,
+            call_soon=self.soon.append, clock=lambda: self.now, counters=self.slab,
+            message_bytes=self.limits.message_bytes, output_bytes=output_bytes,
+            handshake_s=handshake_s, first_message_s=first_message_s, ping_s=ping_s,
         )  # fmt: skip
         self.made_ids = 0
         self.hub = Hub(self.relay, self.limits, clock=lambda: self.now, unix_clock=lambda: 1e9, make_id=self._make_id)
@@ -136,6 +139,11 @@ class Host:
     def _make_id(self) -> str:
         self.made_ids += 1
         return f"made-{self.made_ids}"
+
+    def counted(self) -> dict[str, int]:
+        """What the worker has counted, without what is 0."""
+        words = memoryview(self.slab).cast("Q")
+        return {name: words[index] for name, index in metrics.INDEX.items() if words[index]}
 
     def run(self) -> None:
         """One loop turn after the other until nothing is left to do."""

@@ -39,7 +39,7 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
 @pytest.mark.parametrize(
     "message",
     [
-        Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6]),
+        Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6], counters=7),
         Stop(is_forced=True),
         Stop(is_forced=False, code=4000),
         Ready(pid=7),
@@ -57,7 +57,7 @@ def test_message_arrives_as_it_was_sent(ends: Pair, message: Message) -> None:
 def test_configuration_survives_the_way_to_the_worker(ends: Pair) -> None:
     ours, theirs = ends
     config = build({"server.port": 0, "server.workers": 4, "auth.keys": ("k1", "k2"), "limits.handshake_seconds": 0.5})
-    ours.send(Boot(config, 1, 2, 3, []))
+    ours.send(Boot(config, 1, 2, 3, [], 4))
     boot = theirs.receive()
     assert isinstance(boot, Boot) and boot.config == config
 
