@@ -79,7 +79,14 @@ class Server:
     backlog: int = _option(
         4096, "Connections that may wait to be accepted, per listening socket.", least=1, most=65535, has_effect=True
     )
-    drain_seconds: float = _option(20.0, "Time over which connections are closed at shutdown.", unit="s", reloads=True)
+    drain_seconds: float = _option(
+        20.0,
+        "Time over which connections are closed at shutdown; 0: at once, with 1001.",
+        unit="s",
+        most=86400,
+        reloads=True,
+        has_effect=True,
+    )
     tls_cert: str = _option("", "File with the certificate chain, PEM; empty: no TLS.", reloads=True)
     tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
     origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)

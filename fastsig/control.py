@@ -16,6 +16,7 @@ from .config import Config
 from .errors import InvariantError
 
 PACKET_BYTES: Final = 131072  # no message is longer; the kernel's own limit is about 212 KB
+OVERTIME_S: Final = 5.0  # from the last close of a drain to its hard deadline
 
 
 class Boot(Struct, tag="boot", frozen=True):
@@ -31,8 +32,18 @@ class Boot(Struct, tag="boot", frozen=True):
     listeners: list[int]
 
 
+class Drain(Struct, tag="drain", frozen=True):
+    """To the worker: take nobody new, close everybody over `seconds`, say `Stopped`, and serve on until `Stop`.
+
+    When the supervisor is gone, the worker ends by itself: once it is empty, and `deadline_s` from now at the latest.
+    """
+
+    seconds: float
+    deadline_s: float
+
+
 class Stop(Struct, tag="stop", frozen=True):
-    """To the worker: close everybody with `code` and end; `is_forced`: end without waiting for anybody."""
+    """To the worker: close everybody with `code` and end; `is_forced`: do not wait for those who do not answer."""
 
     is_forced: bool = False
     code: int = 1001
@@ -55,10 +66,10 @@ class Heartbeat(Struct, tag="heartbeat", frozen=True):
 
 
 class Stopped(Struct, tag="stopped", frozen=True):
-    """To the supervisor: nobody is connected any more; the process ends now."""
+    """To the supervisor, which asked for a drain: nobody is connected any more. The worker serves on until `Stop`."""
 
 
-ToWorker = Boot | Stop
+ToWorker = Boot | Drain | Stop
 ToSupervisor = Ready | Failed | Heartbeat | Stopped
 Message = ToWorker | ToSupervisor
 

@@ -42,7 +42,8 @@ class Hub:
         unix_clock: Callable[[], float] = time.time,
         make_id: Callable[[], str] | None = None,
     ) -> None:
-        self.is_draining = False
+        self.is_draining = False  # no more joins
+        self.is_ending = False  # everybody goes at once: nobody is told about the others (n² messages)
         self._relay = relay
         self._limits = limits
         self._clock = clock
@@ -180,7 +181,7 @@ class Hub:
     def _remove(self, member: Member, reason: str) -> None:
         room = member.room
         self._relay.remove_member(member)
-        if len(room) and not self.is_draining:
+        if len(room) and not self.is_ending:
             payload = protocol.Leaver(n=member.n, reason=reason)
             news = protocol.PeerLeft(room=room.name, sender=member.name, payload=payload)
             self._relay.publish(room, news.encode())

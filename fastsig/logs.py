@@ -27,17 +27,20 @@ EVENTS: Final[dict[str, str]] = {
     "address_skipped": "This machine cannot listen on `address`, for `reason`; the others are served.",
     "cannot_start": "The server ends with exit code 3 for `reason`.",
     "reload_unsupported": "SIGHUP came; a restart is what takes a new configuration for now.",
-    "stopping": "A signal ends the server: connections are closed with code 1001.",
+    "stopping": "A signal ends the server: connections are closed over `drain_seconds`; 0 is at once, with code 1001.",
+    "drained": "Nobody is connected any more; the workers end.",
+    "drain_late": "At the drain's deadline the workers of `slots` had not closed everybody; all end now.",
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
     "worker_died": "The worker of `slot` ended unasked, for `reason`; it is replaced in `retry_seconds`.",
+    "worker_lost": "The worker of `slot` ended badly while the server was ending, for `reason`; nothing replaces it.",
     "worker_killed": "The worker of `slot` was told to end, has not done so in time, and is killed.",
     "worker_failed": "A worker ends because the machine refuses it something, for `reason`.",
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
-    "supervisor_gone": "The supervisor has ended: this worker closes its connections and ends too.",
+    "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
     "cannot_watch": "A connection was given up because its socket cannot be watched, for `reason`.",
     # all

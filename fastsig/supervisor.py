@@ -5,6 +5,7 @@ signal, a message, a death) is only queued where it is noticed, and handled one 
 
 Invariants: the listening sockets stay open here while the server lives, so what a dead worker had not accepted waits
 for its successor. A worker's end of its control channel is open in that worker alone: each side sees the other's end.
+No worker is told to end before all are empty, or the drain's deadline has come: the rooms of one may need another.
 Must not know: what a worker does; it is executed, never imported. Read `control` for what the two say to each other.
 """
 
@@ -27,7 +28,21 @@ import uvloop
 
 from . import __version__, control, logs
 from .config import Config
-from .control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped, ToWorker
+from .control import (
+    NOTHING,
+    OVERTIME_S,
+    Boot,
+    Channel,
+    ControlError,
+    Drain,
+    Failed,
+    Heartbeat,
+    Message,
+    Ready,
+    Stop,
+    Stopped,
+    ToWorker,
+)
 from .errors import ExitCode, StartError
 
 _log = logs.get("fastsig.supervisor")
@@ -35,8 +50,8 @@ _log = logs.get("fastsig.supervisor")
 SETTLED_S: Final = 10.0  # a worker that lived this long did not die of its start (ARCHITECTURE §2)
 FIRST_RETRY_S: Final = 0.1
 LONGEST_RETRY_S: Final = 5.0
-STOP_S: Final = 10.0  # the hard deadline of a stop
-FORCED_STOP_S: Final = 0.5
+STOP_S: Final = 10.0  # a worker that is told to end and has not ended after this is killed
+FORCED_STOP_S: Final = 1.0
 PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
 
@@ -83,6 +98,7 @@ class _Slot:
     retry_s: float = FIRST_RETRY_S  # the delay after the next death that comes too soon
     is_ready: bool = False
     is_launched: bool = False  # has been ready in some generation
+    is_empty: bool = False  # drained: nobody is connected to its worker any more
 
 
 class Fleet:
@@ -104,6 +120,11 @@ class Fleet:
         return self.is_stopping and all(slot.due_at is not None for slot in self._slots)
 
     @property
+    def is_empty(self) -> bool:
+        """While stopping: nobody is connected to any worker that runs."""
+        return self.is_stopping and all(slot.is_empty or slot.due_at is not None for slot in self._slots)
+
+    @property
     def is_ready(self) -> bool:
         """Every slot has a worker that accepts connections."""
         return all(slot.is_ready for slot in self._slots)
@@ -116,6 +137,7 @@ class Fleet:
                 slot.generation += 1
                 slot.started_at = slot.heard_at = now
                 slot.due_at = None
+                slot.is_empty = False
                 starts.append(Start(number, slot.generation))
         return starts
 
@@ -133,6 +155,13 @@ class Fleet:
 
     def on_heartbeat(self, slot: int, now: float) -> None:
         self._slots[slot].heard_at = now
+
+    def on_empty(self, slot: int) -> None:
+        """The worker of `slot` has drained."""
+        self._slots[slot].is_empty = True
+
+    def is_drained(self, slot: int) -> bool:
+        return self._slots[slot].is_empty
 
     def heard_at(self, slot: int) -> float:
         """When the worker of `slot` was last heard of; its start counts."""
@@ -237,7 +266,8 @@ class Supervisor:
         self._workers: dict[int, _Worker] = {}
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._code = ExitCode.OK
-        self._kill_at: float | None = None
+        self._drain_until: float | None = None  # while all workers drain
+        self._kill_at: float | None = None  # when all have been told to end
         self._has_served = False
 
     async def run(self) -> ExitCode:
@@ -259,7 +289,7 @@ class Supervisor:
         return self._code
 
     async def _next_event(self) -> _Event:
-        times = [at for at in (self._fleet.wake_at(), self._kill_at) if at is not None]
+        times = [at for at in (self._fleet.wake_at(), self._drain_until, self._kill_at) if at is not None]
         if not times:
             return await self._events.get()
         timer = asyncio.get_running_loop().call_later(min(times) - time.monotonic(), self._events.put_nowait, None)
@@ -271,6 +301,8 @@ class Supervisor:
     def _handle(self, event: _Event) -> None:
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._kill_all()
+        if self._drain_until is not None and time.monotonic() >= self._drain_until:
+            self._end_late()
         if isinstance(event, signal.Signals):
             self._handle_signal(event)
         elif event is not None:
@@ -279,6 +311,9 @@ class Supervisor:
                 self._handle_end(worker)
             else:
                 self._handle_message(worker, message)
+        if self._drain_until is not None and self._fleet.is_empty:
+            _log.info("drained")
+            self._stop(is_forced=False)
 
     # Start
 
@@ -324,7 +359,7 @@ class Supervisor:
             case Failed(reason):
                 worker.reason = f"worker {worker.slot} failed: {reason}"
             case Stopped():
-                pass  # its end follows; a drain of several workers will wait for this word of all
+                self._fleet.on_empty(worker.slot)
             case _:  # a worker that cannot be understood cannot be told to stop either
                 worker.log.error("worker_unknown_message", reason=str(message))
                 worker.process.kill()
@@ -354,13 +389,15 @@ class Supervisor:
         del self._workers[worker.slot]
         status = worker.close()
         words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
-        if self._fleet.is_stopping:
-            if status != 0:
-                self._code = ExitCode.FAILED
-            self._fleet.on_death(worker.slot, words, time.monotonic())
-            return
         reason = worker.reason or f"worker {worker.slot} ended with {words}"
-        self._replace(worker.slot, reason, worker.log)
+        if not self._fleet.is_stopping:
+            self._replace(worker.slot, reason, worker.log)
+            return
+        self._fleet.on_death(worker.slot, reason, time.monotonic())
+        _close([self._listeners[worker.slot]])  # nobody accepts there any more
+        if status != 0 and self._fleet.failure is None:
+            self._code = ExitCode.FAILED
+            worker.log.error("worker_lost", reason=reason)
 
     def _replace(self, slot: int, reason: str, log: logs.Logger) -> None:
         retry_s = self._fleet.on_death(slot, reason, time.monotonic())
@@ -375,14 +412,32 @@ class Supervisor:
         if number == signal.SIGHUP:
             _log.warning("reload_unsupported")
         elif not self._fleet.is_stopping:
-            _log.info("stopping", signal=number.name, workers=len(self._workers))
-            self._stop(is_forced=False)
+            seconds = self._config.server.drain_seconds
+            _log.info("stopping", signal=number.name, workers=len(self._workers), drain_seconds=seconds)
+            if seconds:
+                self._drain(seconds)
+            else:
+                self._stop(is_forced=False)
         else:
             _log.warning("forced", signal=number.name)
             self._stop(is_forced=True)
 
-    def _stop(self, *, is_forced: bool) -> None:
+    def _drain(self, seconds: float) -> None:
         self._fleet.stop()
+        self._drain_until = time.monotonic() + seconds + OVERTIME_S
+        for worker in self._workers.values():
+            worker.send(Drain(seconds, seconds + OVERTIME_S))
+
+    def _end_late(self) -> None:
+        """A worker is stuck: one that turns closes everybody in time."""
+        _log.error("drain_late", slots=[slot for slot in self._workers if not self._fleet.is_drained(slot)])
+        self._code = ExitCode.FAILED
+        self._stop(is_forced=True)
+
+    def _stop(self, *, is_forced: bool) -> None:
+        """Tell all to end, now."""
+        self._fleet.stop()
+        self._drain_until = None
         kill_at = time.monotonic() + (FORCED_STOP_S if is_forced else STOP_S)
         self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)  # impatience never adds time
         for worker in self._workers.values():

@@ -10,7 +10,19 @@ import pytest
 
 from fastsig import control
 from fastsig.config import Config, build
-from fastsig.control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped
+from fastsig.control import (
+    NOTHING,
+    Boot,
+    Channel,
+    ControlError,
+    Drain,
+    Failed,
+    Heartbeat,
+    Message,
+    Ready,
+    Stop,
+    Stopped,
+)
 from fastsig.errors import InvariantError
 
 Pair = tuple[Channel, Channel]
@@ -40,6 +52,7 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
     "message",
     [
         Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6]),
+        Drain(seconds=20.0, deadline_s=25.0),
         Stop(is_forced=True),
         Stop(is_forced=False, code=4000),
         Ready(pid=7),

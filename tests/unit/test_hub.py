@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from fastsig.errors import CloseCode
 from fastsig.hub import Hub
 
-from .memory import PING, PONG, Client, Host, frame
+from .memory import CLOSE, PING, PONG, Client, Host, frame
 
 META_1K = "x" * 1022  # 1024 bytes of JSON with its quotes
 
@@ -249,6 +250,32 @@ async def test_no_joins_while_draining(host: Host) -> None:
     a.say(type="join", room="r")
     (error,) = a.take()
     assert (error["code"], error["retry"]) == ("draining", True)
+
+
+async def test_close_of_a_drain_is_told_to_those_who_stay(host: Host) -> None:
+    one, two = host.join("a"), host.join("b")
+    one.take()
+    host.hub.is_draining = True
+    room = host.relay.find_room("r")
+    assert room is not None
+    b = room.find("b")
+    assert b is not None
+    b.connection.send_close(CloseCode.DRAIN)
+    host.run()
+    assert two.take_close() == 4000
+    (left,) = one.take()
+    assert (left["type"], left["sender"], left["payload"]["reason"]) == ("peer-left", "b", "closed")
+
+
+async def test_end_of_all_is_told_to_nobody(host: Host) -> None:
+    clients = [host.join("a"), host.join("b")]
+    for client in clients:
+        client.take()
+    host.hub.is_draining = host.hub.is_ending = True
+    for connection in host.relay.all_connections():
+        connection.send_close(CloseCode.GOING_AWAY)
+    host.run()
+    assert [len(frames := client.take_frames()) and frames[0][0] for client in clients] == [CLOSE, CLOSE]
 
 
 REFUSED = {
