@@ -13,9 +13,10 @@ import msgspec
 from msgspec import Struct
 
 from .config import Config
-from .errors import InvariantError
+from .errors import ConfigError, InvariantError
 
 PACKET_BYTES: Final = 131072  # no message is longer; the kernel's own limit is about 212 KB
+CONFIG_BYTES: Final = PACKET_BYTES - 4096  # what else `Boot` says is shorter
 OVERTIME_S: Final = 5.0  # from the last close of a drain to its hard deadline
 
 
@@ -40,6 +41,12 @@ class Drain(Struct, tag="drain", frozen=True):
 
     seconds: float
     deadline_s: float
+
+
+class Reload(Struct, tag="reload", frozen=True):
+    """To the worker: what may change of this configuration holds from now on."""
+
+    config: Config
 
 
 class Stop(Struct, tag="stop", frozen=True):
@@ -69,7 +76,7 @@ class Stopped(Struct, tag="stopped", frozen=True):
     """To the supervisor, which asked for a drain: nobody is connected any more. The worker serves on until `Stop`."""
 
 
-ToWorker = Boot | Drain | Stop
+ToWorker = Boot | Drain | Reload | Stop
 ToSupervisor = Ready | Failed | Heartbeat | Stopped
 Message = ToWorker | ToSupervisor
 
@@ -92,6 +99,13 @@ def pair() -> tuple["Channel", socket.socket]:
     """The supervisor's end, and the one for a worker to inherit: close it once the worker has it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Channel(ours), theirs
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError when no packet can hold it."""
+    length = len(_ENCODER.encode(config))
+    if length > CONFIG_BYTES:
+        raise ConfigError(f"the configuration is {length} bytes long in JSON, expected at most {CONFIG_BYTES}")
 
 
 class Channel:

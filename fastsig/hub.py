@@ -58,6 +58,10 @@ class Hub:
             "ping": self._ping,
         }
 
+    def configure(self, limits: Limits) -> None:
+        """New limits: those who are above one already stay."""
+        self._limits = limits
+
     # ---- called by the relay
 
     def receive(self, connection: Connection, message: Message) -> None:
@@ -190,9 +194,9 @@ class Hub:
         limit, now = self._limits.errors_per_5s, self._clock()
         if not limit:
             return False
-        if connection.context is None:
-            connection.context = deque(maxlen=limit + 1)
-        times: deque[float] = connection.context
+        times: deque[float] = connection.context or deque()
+        if times.maxlen != limit + 1:  # its first error, or the limit is another than at its last
+            times = connection.context = deque(times, maxlen=limit + 1)
         times.append(now)
         return len(times) > limit and now - times[0] <= ERROR_WINDOW_S
 

@@ -19,14 +19,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import uvloop
 
-from . import __version__, control, logs
+from . import __version__, config as options, control, logs
 from .config import Config
 from .control import (
     NOTHING,
@@ -39,11 +39,12 @@ from .control import (
     Heartbeat,
     Message,
     Ready,
+    Reload,
     Stop,
     Stopped,
     ToWorker,
 )
-from .errors import ExitCode, StartError
+from .errors import ConfigError, ExitCode, StartError
 
 _log = logs.get("fastsig.supervisor")
 
@@ -56,13 +57,17 @@ PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
 
 
-def run(config: Config, *, worker: str = WORKER) -> ExitCode:
-    """Serve until a signal ends it; the exit code. Blocks. `worker` is the module that is executed."""
+def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: str = WORKER) -> ExitCode:
+    """Serve until a signal ends it; the exit code. Blocks. `worker` is the module that is executed.
+
+    `reload` gives the configuration as it is to be after SIGHUP, or raises ConfigError. Raises that too.
+    """
+    control.check(config)
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     try:
         slots = listen(config.server.host, config.server.port, slot_count(config), config.server.backlog)
-        return uvloop.run(Supervisor(config, slots, worker).run())
+        return uvloop.run(Supervisor(config, slots, reload or (lambda: config), worker).run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
         return ExitCode.START
@@ -258,8 +263,11 @@ _Event = signal.Signals | tuple[_Worker, Message | ControlError | None] | None
 class Supervisor:
     """Executes what `Fleet` decides, on one asyncio loop."""
 
-    def __init__(self, config: Config, listeners: list[list[socket.socket]], worker: str = WORKER) -> None:
+    def __init__(
+        self, config: Config, listeners: list[list[socket.socket]], reload: Callable[[], Config], worker: str
+    ) -> None:
         self._config = config
+        self._reload = reload
         self._listeners = listeners
         self._module = worker
         self._fleet = Fleet(len(listeners))
@@ -406,11 +414,11 @@ class Supervisor:
         elif self._fleet.failure is not None:
             self._stop(is_forced=True)
 
-    # Stop
+    # Signals
 
     def _handle_signal(self, number: signal.Signals) -> None:
         if number == signal.SIGHUP:
-            _log.warning("reload_unsupported")
+            self._handle_hangup()
         elif not self._fleet.is_stopping:
             seconds = self._config.server.drain_seconds
             _log.info("stopping", signal=number.name, workers=len(self._workers), drain_seconds=seconds)
@@ -421,6 +429,23 @@ class Supervisor:
         else:
             _log.warning("forced", signal=number.name)
             self._stop(is_forced=True)
+
+    def _handle_hangup(self) -> None:
+        try:
+            if self._fleet.is_stopping:
+                raise ConfigError("the server is ending")
+            reload = options.reload(self._config, self._reload())
+            control.check(reload.config)
+        except ConfigError as error:
+            _log.error("reload_refused", reason=str(error))
+            return
+        self._config = reload.config
+        logs.configure(self._config.log.level, self._config.log.format)
+        for worker in self._workers.values():
+            worker.send(Reload(self._config))
+        if reload.needs_restart:
+            _log.warning("needs_restart", options=reload.needs_restart)
+        _log.info("reloaded", options=reload.changed)
 
     def _drain(self, seconds: float) -> None:
         self._fleet.stop()

@@ -19,14 +19,15 @@ import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import uvloop
 
 from . import logs
 from ._relay import Connection, Relay
+from .config import Config, Limits
 from .connection import Door, Edge
-from .control import OVERTIME_S, Boot, Channel, Drain, Failed, Heartbeat, Ready, Stop, Stopped
+from .control import OVERTIME_S, Boot, Channel, Drain, Failed, Heartbeat, Ready, Reload, Stop, Stopped
 from .errors import CloseCode, ExitCode
 from .hub import Hub
 from .protocol import Departure, GoAway
@@ -81,15 +82,7 @@ class Worker:
         self._channel = channel
         self._loop = loop = asyncio.get_running_loop()
         limits = boot.config.limits
-        self.relay = Relay(
-            call_soon=loop.call_soon,
-            clock=time.monotonic,
-            message_bytes=limits.message_bytes,
-            output_bytes=limits.output_bytes,
-            handshake_s=limits.handshake_seconds,
-            first_message_s=limits.first_message_seconds,
-            ping_s=PING_S,
-        )
+        self.relay = Relay(call_soon=loop.call_soon, clock=time.monotonic, ping_s=PING_S, **_for_relay(limits))
         self.hub = Hub(self.relay, limits, generation=boot.generation)
         self.relay.bind(self.hub, Edge(loop))
         self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
@@ -121,8 +114,18 @@ class Worker:
                 self._on_orphaned()
             case Drain() as drain:
                 self._begin_drain(drain)
+            case Reload(config):
+                self._configure(config)
             case Stop() as stop:
                 self._end(stop)
+
+    def _configure(self, config: Config) -> None:
+        """All at once: no message is handled under half of it."""
+        self._config = config
+        logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
+        self.relay.configure(**_for_relay(config.limits))
+        self.hub.configure(config.limits)
+        self.door.message_bytes = config.limits.message_bytes
 
     def _on_orphaned(self) -> None:
         seconds = self._config.server.drain_seconds
@@ -206,6 +209,16 @@ class Worker:
         until = time.monotonic() + GOODBYE_S
         while self._is_anybody_here() and time.monotonic() < min(until, self._hurry_until):  # noqa: ASYNC110
             await asyncio.sleep(0.01)  # an event in the relay would be there for this moment alone
+
+
+def _for_relay(limits: Limits) -> dict[str, Any]:
+    """The arguments of `Relay.configure`."""
+    return {
+        "message_bytes": limits.message_bytes,
+        "output_bytes": limits.output_bytes,
+        "handshake_s": limits.handshake_seconds,
+        "first_message_s": limits.first_message_seconds,
+    }
 
 
 def _freeze() -> None:

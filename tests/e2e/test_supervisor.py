@@ -101,13 +101,6 @@ def test_worker_is_out_of_reach_of_the_terminal(serve: Serve) -> None:
     assert os.getsid(worker) == worker != os.getsid(server.process.pid)
 
 
-def test_hangup_changes_nothing(serve: Serve) -> None:
-    server = serve()
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for("reload_unsupported")
-    assert asyncio.run(_says_pong(server.url))
-
-
 def test_worker_that_does_not_stop_is_killed_when_forced(serve: Serve) -> None:
     server = serve()
     (worker,) = children(server.process.pid)
