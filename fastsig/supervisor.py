@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import uvloop
 
-from . import __version__, config as options, control, logs
+from . import __version__, config as options, control, logs, systemd
 from .config import Config
 from .control import (
     NOTHING,
@@ -66,7 +66,7 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     try:
-        slots = listen(config.server.host, config.server.port, slot_count(config), config.server.backlog)
+        slots = _listeners(config)
         return uvloop.run(Supervisor(config, slots, reload or (lambda: config), worker).run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
@@ -81,6 +81,13 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
 def slot_count(config: Config) -> int:
     """How many workers share the port. One, whatever `server.workers` says, until rooms can be shared among several."""
     return 1
+
+
+def _listeners(config: Config) -> list[list[socket.socket]]:
+    """For each slot. Those that systemd opened are shared by all; else each slot has its own. Raises StartError."""
+    count = slot_count(config)
+    taken = systemd.listeners(os.environ, os.getpid())
+    return [taken] * count if taken else listen(config.server.host, config.server.port, count, config.server.backlog)
 
 
 # ---- decisions
@@ -273,6 +280,7 @@ class Supervisor:
         self._fleet = Fleet(len(listeners))
         self._workers: dict[int, _Worker] = {}
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
         self._code = ExitCode.OK
         self._drain_until: float | None = None  # while all workers drain
         self._kill_at: float | None = None  # when all have been told to end
@@ -283,6 +291,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._events.put_nowait, number)
+        self._keep_alive()
         try:
             while not self._fleet.is_over:
                 self._start_due()
@@ -291,10 +300,17 @@ class Supervisor:
             for worker in self._workers.values():
                 worker.process.kill()
                 worker.close()
+            self._notifier.close()
         if self._fleet.failure is not None:
             raise StartError(self._fleet.failure)
         _log.info("stopped", code=int(self._code))
         return self._code
+
+    def _keep_alive(self) -> None:
+        """While this loop turns, systemd hears of it."""
+        if self._notifier.watchdog_s:
+            self._notifier.send("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._notifier.watchdog_s, self._keep_alive)
 
     async def _next_event(self) -> _Event:
         times = [at for at in (self._fleet.wake_at(), self._drain_until, self._kill_at) if at is not None]
@@ -346,6 +362,7 @@ class Supervisor:
             process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
                 _command(self._module, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name not in systemd.VARIABLES},
                 pass_fds=(theirs.fileno(), *listeners),
                 start_new_session=True,  # a terminal's ^C is for the supervisor alone
             )
@@ -385,10 +402,11 @@ class Supervisor:
             "serving",
             version=__version__,
             pid=os.getpid(),
-            urls=[f"ws://{_name(bound)}{self._config.server.path}" for bound in names],
-            port=names[0][1],
+            urls=[_url(bound, self._config.server.path) for bound in names],
+            port=next((bound[1] for bound in names if isinstance(bound, tuple)), None),
             workers=len(self._listeners),
         )
+        self._notifier.send("READY=1", f"STATUS=Serving {' '.join(_name(bound) for bound in names)}")
         exposed = [_name(bound) for bound in names if not _is_loopback(bound)]
         if exposed and not self._config.auth.required:
             _log.warning("open_mode", addresses=exposed)
@@ -422,6 +440,8 @@ class Supervisor:
         elif not self._fleet.is_stopping:
             seconds = self._config.server.drain_seconds
             _log.info("stopping", signal=number.name, workers=len(self._workers), drain_seconds=seconds)
+            time_us = int(1e6 * (seconds + OVERTIME_S + STOP_S))
+            self._notifier.send("STOPPING=1", "STATUS=Draining", f"EXTEND_TIMEOUT_USEC={time_us}")
             if seconds:
                 self._drain(seconds)
             else:
@@ -431,9 +451,17 @@ class Supervisor:
             self._stop(is_forced=True)
 
     def _handle_hangup(self) -> None:
+        if self._fleet.is_stopping:
+            _log.warning("reload_refused", reason="the server is ending")
+        elif self._has_served:
+            self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            self._take_reload()
+            self._notifier.send("READY=1")
+        else:
+            self._take_reload()
+
+    def _take_reload(self) -> None:
         try:
-            if self._fleet.is_stopping:
-                raise ConfigError("the server is ending")
             reload = options.reload(self._config, self._reload())
             control.check(reload.config)
         except ConfigError as error:
@@ -604,10 +632,21 @@ def _close(rows: Iterable[Iterable[socket.socket]]) -> None:
             listener.close()
 
 
-def _name(sockaddr: Sequence[str | int]) -> str:
+def _url(sockaddr: Any, path: str) -> str:
+    return f"ws://{_name(sockaddr)}{path}" if isinstance(sockaddr, tuple) else _name(sockaddr)
+
+
+def _name(sockaddr: Any) -> str:
+    """Of an internet address `host:port`; a Unix socket has its path, or its name after an @."""
+    if not isinstance(sockaddr, tuple):
+        return f"unix:{_path(sockaddr)}"
     host = f"[{sockaddr[0]}]" if ":" in str(sockaddr[0]) else sockaddr[0]
     return f"{host}:{sockaddr[1]}"
 
 
-def _is_loopback(sockaddr: Sequence[str | int]) -> bool:
-    return ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]).is_loopback
+def _path(sockaddr: str | bytes) -> str:
+    return f"@{sockaddr[1:].decode(errors='replace')}" if isinstance(sockaddr, bytes) else sockaddr
+
+
+def _is_loopback(sockaddr: Any) -> bool:
+    return not isinstance(sockaddr, tuple) or ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]).is_loopback

@@ -17,7 +17,7 @@ LAYERS = (
     ("domain", "hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
     ("edge", "connection ops"),
-    ("process", "control worker supervisor"),
+    ("process", "control systemd worker supervisor"),
     ("outside", "client cli"),
 )
 ORDER = [name for _, names in LAYERS for name in names.split()]
