@@ -21,10 +21,10 @@ def _gone_by_step(pace: Pace[int], seconds: float, step_s: float) -> list[list[i
     return [pace.due(NOW + step_s * step) for step in range(1, steps + 1)]
 
 
-@given(count=st.integers(0, 300), seconds=st.floats(1e-3, 86400), seed=st.integers(0, 99))
+@given(count=st.integers(0, 50), seconds=st.floats(1e-3, 86400), seed=st.integers(0, 99))
 def test_everybody_goes_exactly_once_and_within_the_time(count: int, seconds: float, seed: int) -> None:
     pace = _pace(count, seconds, seed)
-    gone = [one for step in range(8) for one in pace.due(NOW + seconds * step / 7)]
+    gone = [one for step in range(4) for one in pace.due(NOW + seconds * step / 3)]
     gone += pace.due(NOW + seconds * (1 + 1e-9))  # floats
     assert sorted(gone) == list(range(count))
     assert pace.due(NOW + 10 * seconds) == []
@@ -49,16 +49,15 @@ def test_the_only_one_does_not_go_at_the_same_moment_each_time() -> None:
     assert len(ends) == 10 and max(ends) <= 20000
 
 
-@given(count=st.integers(1, 100), seconds=st.floats(0.01, 3600), seed=st.integers(0, 99))
-def test_notice_names_the_time_just_before_the_close(count: int, seconds: float, seed: int) -> None:
-    pace = _pace(count, seconds, seed)
-    notices = dict(pace.notices())
-    assert set(notices) == set(range(count))
-    for one, (least_ms, most_ms) in notices.items():
+@pytest.mark.parametrize(("count", "seconds"), [(1, 20.0), (7, 0.01), (100, 3600.0)])
+def test_notice_names_the_time_just_before_the_close(count: int, seconds: float) -> None:
+    pace = _pace(count, seconds)
+    notices = sorted(pace.notices(), key=lambda notice: notice[1][1])
+    assert {one for one, _ in notices} == set(range(count))
+    for one, (least_ms, most_ms) in notices:
         assert 0 <= least_ms <= most_ms <= 1000 * seconds
         assert most_ms - least_ms <= 1000 * seconds * HEAD_START + 1
         assert one not in pace.due(NOW + (most_ms - 1) / 1000)
-        pace = _pace(count, seconds, seed)
 
 
 def test_clients_that_follow_the_notice_are_spread_evenly_too() -> None:
