@@ -979,13 +979,18 @@ cdef class Relay:
         self.words = <uint64_t *>self.counters.buf
         self.call_soon = call_soon
         self.clock = clock
+        self.configure(message_bytes=message_bytes, output_bytes=output_bytes, handshake_s=handshake_s,
+                       first_message_s=first_message_s)
+        self.ping_s = ping_s
+        self.flush_method = self.flush
+        self.ticked = <uint64_t>(clock() * TICKS_PER_S)
+
+    def configure(self, *, message_bytes, output_bytes, handshake_s, first_message_s):
+        """New limits; a deadline that is set already stays."""
         self.message_bytes = message_bytes
         self.output_bytes = output_bytes or <size_t>-1
         self.handshake_s = handshake_s or 1e300
         self.first_message_s = first_message_s
-        self.ping_s = ping_s
-        self.flush_method = self.flush
-        self.ticked = <uint64_t>(clock() * TICKS_PER_S)
 
     def bind(self, hub, edge):
         """Who decides, and who holds the sockets. Once, before the first connection."""

@@ -60,7 +60,7 @@ An option is taken from the first place that names it: flag, environment, TOML f
 
 
 class _Sources(Env):
-    """Fills what the flags left open, and remembers where each value came from. One process, one parse.
+    """Fills what the flags left open, and remembers where each value came from, and the command line for `_reread`.
 
     An `Env` so that `--help` names the variables; but its own reading knows no empty variable and no JSON list.
     """
@@ -68,6 +68,8 @@ class _Sources(Env):
     def __init__(self) -> None:
         super().__init__(ENV_PREFIX, command=False)
         self.by_key: dict[str, str] = {}
+        self.argv: list[str] = []
+        self.is_reload = False
 
     def __call__(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
         """Called by cyclopts between reading the flags and converting the values."""
@@ -78,7 +80,7 @@ class _Sources(Env):
             _add(found, _DEV, "flag", "--dev")
         for option in OPTIONS:
             self._add_variable(found, option, option.env)
-        values, name = _read_file(_given(found["--config"]))
+        values, name = _read_file(_given(found["--config"]), is_reload=self.is_reload)
         _add(found, values, "file", name)
         self._add_variable(found, BY_KEY["server.workers"], "WEB_CONCURRENCY")
         self.by_key = {option.key: _origin(found[option.flag]) for option in OPTIONS}
@@ -118,7 +120,7 @@ def _parse(option: Option, text: str, name: str) -> Any:
         raise ConfigError(f"{name}: {error}, not {option.show_text(text)}") from None
 
 
-def _read_file(flag: str) -> tuple[dict[str, Any], str]:
+def _read_file(flag: str, *, is_reload: bool) -> tuple[dict[str, Any], str]:
     """Values by key from the TOML file or text, and what to call it."""
     import tomllib  # noqa: PLC0415 # 6 ms that most starts do not need
 
@@ -128,11 +130,13 @@ def _read_file(flag: str) -> tuple[dict[str, Any], str]:
     if not flag and path and body:
         raise ConfigError(f"{ENV_FILE} and {ENV_BODY} are both set: unset one")
     name = path or ENV_BODY
+    if path and is_reload and Path(path).exists() and not Path(path).is_file():
+        raise ConfigError(f"{name}: cannot be read again: it is no regular file")  # a pipe is empty now, or blocks
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8") if path else body or "")
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or lists in lists in lists
         raise ConfigError(f"{name}: not a TOML file: {error}") from None
     return read_toml(tree, name), name
 
@@ -218,7 +222,7 @@ def serve(*, given: Given = _NOTHING) -> ExitCode | int:
     config = _settle(given)
     from .supervisor import run  # noqa: PLC0415 # what the other commands never need
 
-    return run(config)
+    return run(config, reload=_reread)
 
 
 @config_app.command(name="check")
@@ -335,8 +339,9 @@ def status(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
+    _sources.argv, _sources.is_reload = sys.argv[1:] if argv is None else list(argv), False
     try:
-        return int(app(sys.argv[1:] if argv is None else list(argv)) or 0)
+        return int(app(_sources.argv) or 0)
     except UnusedCliTokensError as error:
         unknown = next(iter(error.unused_tokens or ()), "")
         return _complain(f"unexpected argument {unknown!r}, see fastsig --help", ExitCode.USAGE)
@@ -346,6 +351,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), ExitCode.START)
     except ConfigError as error:
         return _complain(str(error), ExitCode.USAGE)
+
+
+def _reread() -> Config:
+    """The Config of the same command line and environment as at the start, with the file as it is now."""
+    _sources.is_reload = True
+    try:
+        _, bound, _ = app.parse_args(_sources.argv)
+    except CycloptsError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    return _settle(bound.arguments.get("given", _NOTHING))
 
 
 def _settle(given: Config) -> Config:

@@ -79,7 +79,14 @@ class Server:
     backlog: int = _option(
         4096, "Connections that may wait to be accepted, per listening socket.", least=1, most=65535, has_effect=True
     )
-    drain_seconds: float = _option(20.0, "Time over which connections are closed at shutdown.", unit="s", reloads=True)
+    drain_seconds: float = _option(
+        20.0,
+        "Time over which connections are closed at shutdown; 0: at once, with 1001.",
+        unit="s",
+        most=86400,
+        reloads=True,
+        has_effect=True,
+    )
     tls_cert: str = _option("", "File with the certificate chain, PEM; empty: no TLS.", reloads=True)
     tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
     origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)
@@ -253,6 +260,15 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
+class Reload:
+    """What a running server makes of a configuration that was read anew."""
+
+    config: Config
+    changed: list[str]  # keys whose new value holds from now on
+    needs_restart: list[str]  # keys whose new value is not taken
+
+
+@dataclass(frozen=True, slots=True)
 class Option:
     """One option, seen from outside. `kind` is its type, `key` its name in messages: `limits.meta_bytes`."""
 
@@ -406,6 +422,23 @@ def check(config: Config, sources: Mapping[str, str] | None = None) -> None:
             _refuse(config, option.key, complaint, sources)
     for key, complaint in _contradictions(config):
         _refuse(config, key, complaint, sources)
+
+
+def reload(running: Config, read: Config) -> Reload:
+    """`running`, with the values of `read` where an option reloads. Raises ConfigError when the mixture is unusable."""
+    values, changed, needs_restart = {}, [], []
+    for option in OPTIONS:
+        values[option.key], wanted = option.value_in(running), option.value_in(read)
+        if values[option.key] == wanted:
+            continue
+        if option.meta.is_reloadable:
+            values[option.key] = wanted
+            changed.append(option.key)
+        else:
+            needs_restart.append(option.key)
+    config = build(values)
+    check(config)
+    return Reload(config, changed, needs_restart)
 
 
 def read_toml(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -571,7 +604,10 @@ messages_per_s = 100
 - An unknown key in the file is refused, with exit code 2. An unknown `FASTSIG_…` variable is listed by
   `fastsig config check`, which fails with `--strict`. `fastsig config print` shows what is in effect, and where from.
 - In `[limits]`, 0 switches a limit off, where 0 is allowed.
-- "Reloads" means that a running server will take a new value when it gets SIGHUP (no effect yet).
+- "Reloads" means that a running server takes a new value when it gets SIGHUP. Flags and environment are those of its
+  start, the file is read anew; one that cannot be used changes nothing, and the log says why. Options that do not
+  reload keep their value, and the log names them. `message_bytes`, `handshake_seconds` and `first_message_seconds`
+  hold for connections that are made afterwards, the others for all.
 """
 
 

@@ -13,9 +13,11 @@ import msgspec
 from msgspec import Struct
 
 from .config import Config
-from .errors import InvariantError
+from .errors import ConfigError, InvariantError
 
 PACKET_BYTES: Final = 131072  # no message is longer; the kernel's own limit is about 212 KB
+CONFIG_BYTES: Final = PACKET_BYTES - 4096  # what else `Boot` says is shorter
+OVERTIME_S: Final = 5.0  # from the last close of a drain to its hard deadline
 
 
 class Boot(Struct, tag="boot", frozen=True):
@@ -33,8 +35,24 @@ class Boot(Struct, tag="boot", frozen=True):
     counters: int
 
 
+class Drain(Struct, tag="drain", frozen=True):
+    """To the worker: take nobody new, close everybody over `seconds`, say `Stopped`, and serve on until `Stop`.
+
+    When the supervisor is gone, the worker ends by itself: once it is empty, and `deadline_s` from now at the latest.
+    """
+
+    seconds: float
+    deadline_s: float
+
+
+class Reload(Struct, tag="reload", frozen=True):
+    """To the worker: what may change of this configuration holds from now on."""
+
+    config: Config
+
+
 class Stop(Struct, tag="stop", frozen=True):
-    """To the worker: close everybody with `code` and end; `is_forced`: end without waiting for anybody."""
+    """To the worker: close everybody with `code` and end; `is_forced`: do not wait for those who do not answer."""
 
     is_forced: bool = False
     code: int = 1001
@@ -57,10 +75,10 @@ class Heartbeat(Struct, tag="heartbeat", frozen=True):
 
 
 class Stopped(Struct, tag="stopped", frozen=True):
-    """To the supervisor: nobody is connected any more; the process ends now."""
+    """To the supervisor, which asked for a drain: nobody is connected any more. The worker serves on until `Stop`."""
 
 
-ToWorker = Boot | Stop
+ToWorker = Boot | Drain | Reload | Stop
 ToSupervisor = Ready | Failed | Heartbeat | Stopped
 Message = ToWorker | ToSupervisor
 
@@ -83,6 +101,13 @@ def pair() -> tuple["Channel", socket.socket]:
     """The supervisor's end, and the one for a worker to inherit: close it once the worker has it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     return Channel(ours), theirs
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError when no packet can hold it."""
+    length = len(_ENCODER.encode(config))
+    if length > CONFIG_BYTES:
+        raise ConfigError(f"the configuration is {length} bytes long in JSON, expected at most {CONFIG_BYTES}")
 
 
 class Channel:

@@ -44,7 +44,8 @@ class Hub:
         unix_clock: Callable[[], float] = time.time,
         make_id: Callable[[], str] | None = None,
     ) -> None:
-        self.is_draining = False
+        self.is_draining = False  # no more joins
+        self.is_ending = False  # everybody goes at once: nobody is told about the others (n² messages)
         self._relay = relay
         self._limits = limits
         self._clock = clock
@@ -58,6 +59,10 @@ class Hub:
             "update": self._update,
             "ping": self._ping,
         }
+
+    def configure(self, limits: Limits) -> None:
+        """New limits: those who are above one already stay."""
+        self._limits = limits
 
     # ---- called by the relay
 
@@ -183,7 +188,7 @@ class Hub:
     def _remove(self, member: Member, reason: str) -> None:
         room = member.room
         self._relay.remove_member(member)
-        if len(room) and not self.is_draining:
+        if len(room) and not self.is_ending:
             payload = protocol.Leaver(n=member.n, reason=reason)
             news = protocol.PeerLeft(room=room.name, sender=member.name, payload=payload)
             self._relay.publish(room, news.encode())
@@ -192,9 +197,9 @@ class Hub:
         limit, now = self._limits.errors_per_5s, self._clock()
         if not limit:
             return False
-        if connection.context is None:
-            connection.context = deque(maxlen=limit + 1)
-        times: deque[float] = connection.context
+        times: deque[float] = connection.context or deque()
+        if times.maxlen != limit + 1:  # its first error, or the limit is another than at its last
+            times = connection.context = deque(times, maxlen=limit + 1)
         times.append(now)
         return len(times) > limit and now - times[0] <= ERROR_WINDOW_S
 

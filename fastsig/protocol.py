@@ -160,6 +160,20 @@ class Error(ServerMessage, tag="error", frozen=True):
     after_ms: int | None = None
 
 
+class Departure(Struct, frozen=True):
+    """`delay_ms`: the client waits a random time in this range, then does what `action` says."""
+
+    reason: str
+    action: str
+    delay_ms: tuple[int, int]
+
+
+class GoAway(ServerMessage, tag="go-away", frozen=True):
+    """The server is about to close this connection."""
+
+    payload: Departure
+
+
 class HelloPayload(Struct, frozen=True):
     """What `hello` asks for."""
 

@@ -5,6 +5,7 @@ signal, a message, a death) is only queued where it is noticed, and handled one 
 
 Invariants: the listening sockets stay open here while the server lives, so what a dead worker had not accepted waits
 for its successor. A worker's end of its control channel is open in that worker alone: each side sees the other's end.
+No worker is told to end before all are empty, or the drain's deadline has come: the rooms of one may need another.
 Must not know: what a worker does; it is executed, never imported. Read `control` for what the two say to each other.
 """
 
@@ -18,17 +19,32 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import uvloop
 
-from . import __version__, control, logs
+from . import __version__, config as options, control, logs, systemd
 from .config import Config
-from .control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped, ToWorker
-from .errors import ExitCode, StartError
+from .control import (
+    NOTHING,
+    OVERTIME_S,
+    Boot,
+    Channel,
+    ControlError,
+    Drain,
+    Failed,
+    Heartbeat,
+    Message,
+    Ready,
+    Reload,
+    Stop,
+    Stopped,
+    ToWorker,
+)
+from .errors import ConfigError, ExitCode, StartError
 from .metrics import Counters
 from .status import Service, Status, UnusableError, WorkerStatus, folder, read_process
 
@@ -37,19 +53,23 @@ _log = logs.get("fastsig.supervisor")
 SETTLED_S: Final = 10.0  # a worker that lived this long did not die of its start (ARCHITECTURE §2)
 FIRST_RETRY_S: Final = 0.1
 LONGEST_RETRY_S: Final = 5.0
-STOP_S: Final = 10.0  # the hard deadline of a stop
-FORCED_STOP_S: Final = 0.5
+STOP_S: Final = 10.0  # a worker that is told to end and has not ended after this is killed
+FORCED_STOP_S: Final = 1.0
 PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
 
 
-def run(config: Config, *, worker: str = WORKER) -> ExitCode:
-    """Serve until a signal ends it; the exit code. Blocks. `worker` is the module that is executed."""
+def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: str = WORKER) -> ExitCode:
+    """Serve until a signal ends it; the exit code. Blocks. `worker` is the module that is executed.
+
+    `reload` gives the configuration as it is to be after SIGHUP, or raises ConfigError. Raises that too.
+    """
+    control.check(config)
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     try:
-        slots = listen(config.server.host, config.server.port, slot_count(config), config.server.backlog)
-        return uvloop.run(Supervisor(config, slots, worker).run())
+        slots = _listeners(config)
+        return uvloop.run(Supervisor(config, slots, reload or (lambda: config), worker).run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
         return ExitCode.START
@@ -63,6 +83,13 @@ def run(config: Config, *, worker: str = WORKER) -> ExitCode:
 def slot_count(config: Config) -> int:
     """How many workers share the port. One, whatever `server.workers` says, until rooms can be shared among several."""
     return 1
+
+
+def _listeners(config: Config) -> list[list[socket.socket]]:
+    """For each slot. Those that systemd opened are shared by all; else each slot has its own. Raises StartError."""
+    count = slot_count(config)
+    taken = systemd.listeners(os.environ, os.getpid())
+    return [taken] * count if taken else listen(config.server.host, config.server.port, count, config.server.backlog)
 
 
 # ---- decisions
@@ -85,6 +112,7 @@ class _Slot:
     retry_s: float = FIRST_RETRY_S  # the delay after the next death that comes too soon
     is_ready: bool = False
     is_launched: bool = False  # has been ready in some generation
+    is_empty: bool = False  # drained: nobody is connected to its worker any more
 
 
 class Fleet:
@@ -106,6 +134,11 @@ class Fleet:
         return self.is_stopping and all(slot.due_at is not None for slot in self._slots)
 
     @property
+    def is_empty(self) -> bool:
+        """While stopping: nobody is connected to any worker that runs."""
+        return self.is_stopping and all(slot.is_empty or slot.due_at is not None for slot in self._slots)
+
+    @property
     def is_ready(self) -> bool:
         """Every slot has a worker that accepts connections."""
         return all(slot.is_ready for slot in self._slots)
@@ -118,6 +151,7 @@ class Fleet:
                 slot.generation += 1
                 slot.started_at = slot.heard_at = now
                 slot.due_at = None
+                slot.is_empty = False
                 starts.append(Start(number, slot.generation))
         return starts
 
@@ -139,6 +173,13 @@ class Fleet:
     def generation(self, slot: int) -> int:
         """How often `slot` was started."""
         return self._slots[slot].generation
+
+    def on_empty(self, slot: int) -> None:
+        """The worker of `slot` has drained."""
+        self._slots[slot].is_empty = True
+
+    def is_drained(self, slot: int) -> bool:
+        return self._slots[slot].is_empty
 
     def heard_at(self, slot: int) -> float:
         """When the worker of `slot` was last heard of; its start counts."""
@@ -235,18 +276,24 @@ _Event = signal.Signals | tuple[_Worker, Message | ControlError | None] | None
 class Supervisor:
     """Executes what `Fleet` decides, on one asyncio loop."""
 
-    def __init__(self, config: Config, listeners: list[list[socket.socket]], worker: str = WORKER) -> None:
+    def __init__(
+        self, config: Config, listeners: list[list[socket.socket]], reload: Callable[[], Config], worker: str
+    ) -> None:
         self._config = config
+        self._reload = reload
         self._listeners = listeners
         self._module = worker
         self._fleet = Fleet(len(listeners))
         self._workers: dict[int, _Worker] = {}
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
+        self._notifier = systemd.Notifier(os.environ, os.getpid())
         self._code = ExitCode.OK
-        self._kill_at: float | None = None
+        self._drain_until: float | None = None  # while all workers drain
+        self._kill_at: float | None = None  # when all have been told to end
         self._has_served = False
         self._counters = Counters(len(listeners))
         self._bound = [listener.getsockname() for listener in listeners[0]]
+        self._port: int | None = next((bound[1] for bound in self._bound if isinstance(bound, tuple)), None)
         self._started_at = time.time()
 
     async def run(self) -> ExitCode:
@@ -255,6 +302,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._events.put_nowait, number)
         service = await self._open_service()
+        self._keep_alive()
         try:
             while not self._fleet.is_over:
                 self._start_due()
@@ -265,13 +313,20 @@ class Supervisor:
                 worker.close()
             service.close()
             self._counters.close()
+            self._notifier.close()
         if self._fleet.failure is not None:
             raise StartError(self._fleet.failure)
         _log.info("stopped", code=int(self._code))
         return self._code
 
+    def _keep_alive(self) -> None:
+        """While this loop turns, systemd hears of it."""
+        if self._notifier.watchdog_s:
+            self._notifier.send("WATCHDOG=1")
+            asyncio.get_running_loop().call_later(self._notifier.watchdog_s, self._keep_alive)
+
     async def _next_event(self) -> _Event:
-        times = [at for at in (self._fleet.wake_at(), self._kill_at) if at is not None]
+        times = [at for at in (self._fleet.wake_at(), self._drain_until, self._kill_at) if at is not None]
         if not times:
             return await self._events.get()
         timer = asyncio.get_running_loop().call_later(min(times) - time.monotonic(), self._events.put_nowait, None)
@@ -283,6 +338,8 @@ class Supervisor:
     def _handle(self, event: _Event) -> None:
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._kill_all()
+        if self._drain_until is not None and time.monotonic() >= self._drain_until:
+            self._end_late()
         if isinstance(event, signal.Signals):
             self._handle_signal(event)
         elif event is not None:
@@ -291,6 +348,9 @@ class Supervisor:
                 self._handle_end(worker)
             else:
                 self._handle_message(worker, message)
+        if self._drain_until is not None and self._fleet.is_empty:
+            _log.info("drained")
+            self._stop(is_forced=False)
 
     # Start
 
@@ -318,6 +378,7 @@ class Supervisor:
             process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
                 _command(self._module, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name not in systemd.VARIABLES},
                 pass_fds=(theirs.fileno(), counters, *listeners),
                 start_new_session=True,  # a terminal's ^C is for the supervisor alone
             )
@@ -330,7 +391,7 @@ class Supervisor:
     # Status
 
     async def _open_service(self) -> Service:
-        service = Service(folder(self._config.server.runtime_dir), self._bound[0][1], self._report)
+        service = Service(folder(self._config.server.runtime_dir), self._port or self._config.server.port, self._report)
         try:
             await service.open()
         except UnusableError as error:
@@ -348,7 +409,7 @@ class Supervisor:
         return WorkerStatus(slot, self._fleet.generation(slot), pid, process, self._counters.read(slot))
 
     def _urls(self) -> list[str]:
-        return [f"ws://{_name(bound)}{self._config.server.path}" for bound in self._bound]
+        return [_url(bound, self._config.server.path) for bound in self._bound]
 
     # Messages and ends
 
@@ -362,7 +423,7 @@ class Supervisor:
             case Failed(reason):
                 worker.reason = f"worker {worker.slot} failed: {reason}"
             case Stopped():
-                pass  # its end follows; a drain of several workers will wait for this word of all
+                self._fleet.on_empty(worker.slot)
             case _:  # a worker that cannot be understood cannot be told to stop either
                 worker.log.error("worker_unknown_message", reason=str(message))
                 worker.process.kill()
@@ -380,9 +441,10 @@ class Supervisor:
             version=__version__,
             pid=os.getpid(),
             urls=self._urls(),
-            port=self._bound[0][1],
+            port=self._port,
             workers=len(self._listeners),
         )
+        self._notifier.send("READY=1", f"STATUS=Serving {' '.join(_name(bound) for bound in self._bound)}")
         exposed = [_name(bound) for bound in self._bound if not _is_loopback(bound)]
         if exposed and not self._config.auth.required:
             _log.warning("open_mode", addresses=exposed)
@@ -392,13 +454,15 @@ class Supervisor:
         status = worker.close()
         self._counters.zero_gauges(worker.slot)
         words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
-        if self._fleet.is_stopping:
-            if status != 0:
-                self._code = ExitCode.FAILED
-            self._fleet.on_death(worker.slot, words, time.monotonic())
-            return
         reason = worker.reason or f"worker {worker.slot} ended with {words}"
-        self._replace(worker.slot, reason, worker.log)
+        if not self._fleet.is_stopping:
+            self._replace(worker.slot, reason, worker.log)
+            return
+        self._fleet.on_death(worker.slot, reason, time.monotonic())
+        _close([self._listeners[worker.slot]])  # nobody accepts there any more
+        if status != 0 and self._fleet.failure is None:
+            self._code = ExitCode.FAILED
+            worker.log.error("worker_lost", reason=reason)
 
     def _replace(self, slot: int, reason: str, log: logs.Logger) -> None:
         retry_s = self._fleet.on_death(slot, reason, time.monotonic())
@@ -407,20 +471,65 @@ class Supervisor:
         elif self._fleet.failure is not None:
             self._stop(is_forced=True)
 
-    # Stop
+    # Signals
 
     def _handle_signal(self, number: signal.Signals) -> None:
         if number == signal.SIGHUP:
-            _log.warning("reload_unsupported")
+            self._handle_hangup()
         elif not self._fleet.is_stopping:
-            _log.info("stopping", signal=number.name, workers=len(self._workers))
-            self._stop(is_forced=False)
+            seconds = self._config.server.drain_seconds
+            _log.info("stopping", signal=number.name, workers=len(self._workers), drain_seconds=seconds)
+            time_us = int(1e6 * (seconds + OVERTIME_S + STOP_S))
+            self._notifier.send("STOPPING=1", "STATUS=Draining", f"EXTEND_TIMEOUT_USEC={time_us}")
+            if seconds:
+                self._drain(seconds)
+            else:
+                self._stop(is_forced=False)
         else:
             _log.warning("forced", signal=number.name)
             self._stop(is_forced=True)
 
-    def _stop(self, *, is_forced: bool) -> None:
+    def _handle_hangup(self) -> None:
+        if self._fleet.is_stopping:
+            _log.warning("reload_refused", reason="the server is ending")
+        elif self._has_served:
+            self._notifier.send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            self._take_reload()
+            self._notifier.send("READY=1")
+        else:
+            self._take_reload()
+
+    def _take_reload(self) -> None:
+        try:
+            reload = options.reload(self._config, self._reload())
+            control.check(reload.config)
+        except ConfigError as error:
+            _log.error("reload_refused", reason=str(error))
+            return
+        self._config = reload.config
+        logs.configure(self._config.log.level, self._config.log.format)
+        for worker in self._workers.values():
+            worker.send(Reload(self._config))
+        if reload.needs_restart:
+            _log.warning("needs_restart", options=reload.needs_restart)
+        _log.info("reloaded", options=reload.changed)
+
+    def _drain(self, seconds: float) -> None:
         self._fleet.stop()
+        self._drain_until = time.monotonic() + seconds + OVERTIME_S
+        for worker in self._workers.values():
+            worker.send(Drain(seconds, seconds + OVERTIME_S))
+
+    def _end_late(self) -> None:
+        """A worker is stuck: one that turns closes everybody in time."""
+        _log.error("drain_late", slots=[slot for slot in self._workers if not self._fleet.is_drained(slot)])
+        self._code = ExitCode.FAILED
+        self._stop(is_forced=True)
+
+    def _stop(self, *, is_forced: bool) -> None:
+        """Tell all to end, now."""
+        self._fleet.stop()
+        self._drain_until = None
         kill_at = time.monotonic() + (FORCED_STOP_S if is_forced else STOP_S)
         self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)  # impatience never adds time
         for worker in self._workers.values():
@@ -562,10 +671,21 @@ def _close(rows: Iterable[Iterable[socket.socket]]) -> None:
             listener.close()
 
 
-def _name(sockaddr: Sequence[str | int]) -> str:
+def _url(sockaddr: Any, path: str) -> str:
+    return f"ws://{_name(sockaddr)}{path}" if isinstance(sockaddr, tuple) else _name(sockaddr)
+
+
+def _name(sockaddr: Any) -> str:
+    """Of an internet address `host:port`; a Unix socket has its path, or its name after an @."""
+    if not isinstance(sockaddr, tuple):
+        return f"unix:{_path(sockaddr)}"
     host = f"[{sockaddr[0]}]" if ":" in str(sockaddr[0]) else sockaddr[0]
     return f"{host}:{sockaddr[1]}"
 
 
-def _is_loopback(sockaddr: Sequence[str | int]) -> bool:
-    return ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]).is_loopback
+def _path(sockaddr: str | bytes) -> str:
+    return f"@{sockaddr[1:].decode(errors='replace')}" if isinstance(sockaddr, bytes) else sockaddr
+
+
+def _is_loopback(sockaddr: Any) -> bool:
+    return not isinstance(sockaddr, tuple) or ipaddress.ip_address(str(sockaddr[0]).partition("%")[0]).is_loopback

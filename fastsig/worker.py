@@ -1,27 +1,36 @@
 """One worker: one process, one event loop, one relay. Executed by the supervisor as `python -m fastsig.worker FD`.
 
 The only module that knows every part. FD is the control channel: its first message, `Boot`, brings configuration, slot
-and the inherited listening sockets; its end means that the supervisor is gone: the worker closes everybody and ends.
+and the inherited listening sockets; its end means that the supervisor is gone: the worker drains and ends by itself.
+`Pace` decides who goes when, and does nothing; `Worker` does it.
+
+Invariant: a draining worker that is empty serves on (its health port, its part of rooms that others hold) until the
+supervisor, which hears of all workers, says `Stop`.
 """
 
 import asyncio
 import contextlib
 import gc
+import math
 import os
+import random
 import signal
 import socket
 import sys
 import time
-from typing import Final
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 import uvloop
 
 from . import logs, metrics
-from ._relay import Relay
+from ._relay import Connection, Relay
+from .config import Config, Limits
 from .connection import RECEIVE_BYTES, Door, Edge
-from .control import Boot, Channel, Failed, Heartbeat, Ready, Stop, Stopped
+from .control import OVERTIME_S, Boot, Channel, Drain, Failed, Heartbeat, Ready, Reload, Stop, Stopped
 from .errors import CloseCode, ExitCode
 from .hub import Hub
+from .protocol import Departure, GoAway
 
 _log = logs.get("fastsig.worker")
 
@@ -29,6 +38,41 @@ PING_S: Final = 25.0  # PROTOCOL §4
 TICK_S: Final = 0.25
 HEARTBEAT_S: Final = 0.5
 GOODBYE_S: Final = 2.5  # a peer has 2 s to answer our close (PROTOCOL §3.5); then the wheel drops it
+HURRY_S: Final = 0.25  # the same when the end is forced; the supervisor kills after `FORCED_STOP_S`
+DRAIN_STEP_S: Final = 0.05  # closes that are due within one step go out together
+HEAD_START: Final = 0.1  # of the drain: for so long before its close a client is asked to go by itself
+
+_T = TypeVar("_T")
+
+
+class Pace(Generic[_T]):
+    """Who goes when, while a drain lasts. Pure: `now` is an argument, monotonic seconds.
+
+    Everybody in random order, evenly spread from `now` on, each at a random moment of its own part of the time: no two
+    workers, or hosts, send their clients elsewhere in step.
+    """
+
+    def __init__(self, everybody: Sequence[_T], seconds: float, now: float, chance: random.Random) -> None:
+        order = list(everybody)
+        chance.shuffle(order)
+        self._began_at = now
+        self._head_start_s = seconds * HEAD_START
+        part_s = seconds / max(len(order), 1)
+        self._departures = [(now + part_s * (place + chance.random()), one) for place, one in enumerate(order)]
+        self._departures.reverse()  # the next one is the last
+
+    def notices(self) -> Iterator[tuple[_T, tuple[int, int]]]:
+        """For each the range of milliseconds from the start on in which it should go by itself, before its close."""
+        for leaves_at, one in self._departures:
+            within_s = leaves_at - self._began_at
+            yield one, (int(1000 * max(0.0, within_s - self._head_start_s)), int(1000 * within_s))
+
+    def due(self, now: float) -> list[_T]:
+        """Those whose time has come since the last call."""
+        due = []
+        while self._departures and self._departures[-1][0] <= now:
+            due.append(self._departures.pop()[1])
+        return due
 
 
 class Worker:
@@ -38,27 +82,24 @@ class Worker:
         self._channel = channel
         self._loop = loop = asyncio.get_running_loop()
         limits = boot.config.limits
+        counters = metrics.open_slab(boot.counters, boot.slot)
         self.relay = Relay(
-            call_soon=loop.call_soon,
-            clock=time.monotonic,
-            counters=metrics.open_slab(boot.counters, boot.slot),
-            message_bytes=limits.message_bytes,
-            output_bytes=limits.output_bytes,
-            handshake_s=limits.handshake_seconds,
-            first_message_s=limits.first_message_seconds,
-            ping_s=PING_S,
+            call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(limits)
         )
         self.hub = Hub(self.relay, limits, generation=boot.generation)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
         self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
         self._boot = boot
+        self._config = boot.config
         self._servers: list[asyncio.Server] = []
         self._stop: asyncio.Future[Stop] = loop.create_future()
-        self._hurry = asyncio.Event()  # a forced stop came: nobody is waited for
+        self._hurry_until = math.inf  # a forced stop came: nobody is waited for any longer
+        self._is_orphan = False  # the supervisor is gone
+        self._leaving: list[Connection] = []  # those a drain waits for; those who are gone are dropped from its end
 
     async def run(self) -> ExitCode:
-        """Serve until told to stop; then close everybody and wait for them, at most `GOODBYE_S`."""
+        """Serve until told to stop; then close whoever is left and wait for them, at most `GOODBYE_S`."""
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
@@ -69,22 +110,43 @@ class Worker:
         self._beat()
         _freeze()
         self._channel.send(Ready(pid=os.getpid()))
-        stop = await self._stop
-        await self._close_all(stop)
-        self._send(Stopped())
+        await self._close_all(await self._stop)
         return ExitCode.OK
 
     def _on_control(self) -> None:
-        message = self._channel.receive()
-        if message is None:
-            _log.warning("supervisor_gone")
-            self._loop.remove_reader(self._channel.fileno())
-            message = Stop()
-        if isinstance(message, Stop):
-            if message.is_forced:
-                self._hurry.set()
-            if not self._stop.done():
-                self._stop.set_result(message)
+        match self._channel.receive():
+            case None:
+                self._on_orphaned()
+            case Drain() as drain:
+                self._begin_drain(drain)
+            case Reload(config):
+                self._configure(config)
+            case Stop() as stop:
+                self._end(stop)
+
+    def _configure(self, config: Config) -> None:
+        """All at once: no message is handled under half of it."""
+        self._config = config
+        logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
+        self.relay.configure(**_for_relay(config.limits))
+        self.hub.configure(config.limits)
+        self.door.message_bytes = config.limits.message_bytes
+
+    def _on_orphaned(self) -> None:
+        seconds = self._config.server.drain_seconds
+        _log.warning("supervisor_gone", drain_seconds=seconds)
+        self._loop.remove_reader(self._channel.fileno())
+        self._is_orphan = True
+        if not self.hub.is_draining and seconds:
+            self._begin_drain(Drain(seconds, seconds + OVERTIME_S))
+        elif not self.hub.is_draining or not self._is_anybody_here():  # else `_drain_on` sees to the rest
+            self._end(Stop())
+
+    def _end(self, stop: Stop) -> None:
+        if stop.is_forced:
+            self._hurry_until = min(self._hurry_until, time.monotonic() + HURRY_S)
+        if not self._stop.done():
+            self._stop.set_result(stop)
 
     def _tick(self) -> None:
         self._loop.call_later(TICK_S, self._tick)  # first: time goes on, whatever the tick brings up
@@ -101,22 +163,68 @@ class Worker:
         except OSError:  # the supervisor is gone, which `_on_control` learns by itself; or it reads nothing for now
             return
 
-    async def _close_all(self, stop: Stop) -> None:
+    # ---- the end
+
+    def _begin_drain(self, drain: Drain) -> None:
+        """Once: who is told a time to go is not told another."""
+        if self.hub.is_draining:
+            return
+        now = time.monotonic()
+        self._shut_the_door()
+        pace = Pace(self._leaving, drain.seconds, now, random.SystemRandom())
+        for connection, delay_ms in pace.notices():
+            connection.send(GoAway(payload=Departure("drain", "reconnect", delay_ms)).encode())
+        self._drain_on(pace, now + drain.deadline_s)
+
+    def _drain_on(self, pace: Pace[Connection], until: float) -> None:
+        """Close who is due, and look again, until everybody is gone."""
+        now = time.monotonic()
+        for connection in pace.due(now):
+            connection.send_close(CloseCode.DRAIN)
+        if not self._is_anybody_here():
+            self._on_empty()
+        elif self._is_orphan and now >= until:
+            self._end(Stop(is_forced=True))
+        elif not self._stop.done():
+            self._loop.call_later(DRAIN_STEP_S, self._drain_on, pace, until)
+
+    def _on_empty(self) -> None:
+        self._send(Stopped())
+        if self._is_orphan:
+            self._end(Stop())
+
+    def _shut_the_door(self) -> None:
+        """Requests are answered still, but nobody becomes a peer from here on: `_leaving` is complete."""
         self.door.is_ready = False
         self.hub.is_draining = True
+        self._leaving = [connection for connection in self.relay.all_connections() if not connection.is_shaking]
+
+    def _is_anybody_here(self) -> bool:
+        """Of the peers; each is looked at until it is gone, then never again."""
+        while self._leaving and self._leaving[-1].transport is None:
+            self._leaving.pop()
+        return bool(self._leaving)
+
+    async def _close_all(self, stop: Stop) -> None:
         for server in self._servers:
             server.close()
-        for connection in self.relay.all_connections():
+        self._shut_the_door()
+        self.hub.is_ending = True
+        for connection in self._leaving:
             connection.send_close(CloseCode(stop.code))
-        empty = asyncio.ensure_future(self._until_empty())
-        hurry = asyncio.ensure_future(self._hurry.wait())
-        _, pending = await asyncio.wait((empty, hurry), timeout=GOODBYE_S, return_when=asyncio.FIRST_COMPLETED)
-        for waiter in pending:
-            waiter.cancel()
+        until = time.monotonic() + GOODBYE_S
+        while self._is_anybody_here() and time.monotonic() < min(until, self._hurry_until):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # an event in the relay would be there for this moment alone
 
-    async def _until_empty(self) -> None:
-        while self.relay.connections:  # noqa: ASYNC110 (an event in the relay would be there for this moment alone)
-            await asyncio.sleep(0.01)
+
+def _for_relay(limits: Limits) -> dict[str, Any]:
+    """The arguments of `Relay.configure`."""
+    return {
+        "message_bytes": limits.message_bytes,
+        "output_bytes": limits.output_bytes,
+        "handshake_s": limits.handshake_seconds,
+        "first_message_s": limits.first_message_seconds,
+    }
 
 
 def _freeze() -> None:

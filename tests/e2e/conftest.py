@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import uuid
@@ -26,6 +27,62 @@ START_S = 15.0
 STOP_S = 10.0
 PYTHON = os.environ.get("FASTSIG_PYTHON", sys.executable)
 NODE = Path(__file__).parent / "node"
+
+
+def until(is_so: Callable[[], bool], what: str) -> None:
+    """Wait for a condition; `what` went wrong when it does not come."""
+    deadline = time.monotonic() + START_S
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started: a supervisor's workers."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+
+
+def is_running(pid: int) -> bool:
+    """A zombie is not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def run_with(
+    folder: Path, source: str, *, slots: int = 1, prepare: str = "", options: dict[str, Any] | None = None
+) -> subprocess.Popen[str]:
+    """A supervisor whose workers are this program; it finds `channel`, its first message `boot`, and `wait(kind)`.
+
+    `prepare` is run in the supervisor's process before it starts.
+    """
+    head = """\
+        import os, signal, socket, sys, time
+        from fastsig.control import Channel, Drain, Failed, Heartbeat, Ready, Stop, Stopped
+        end = socket.socket(fileno=int(sys.argv[1]))
+        channel = Channel(end)
+        boot = channel.receive()
+        end.setblocking(True)
+        def wait(kind):
+            while not isinstance(message := channel.receive(), kind): pass
+            return message
+    """
+    (folder / "odd_worker.py").write_text(textwrap.dedent(head) + textwrap.dedent(source), encoding="utf-8")
+    values = {"server.port": 0} | (options or {})
+    program = (
+        "import sys; from fastsig import config, supervisor\n"
+        f"supervisor.slot_count = lambda config: {slots}; {prepare}\n"
+        f"sys.exit(supervisor.run(config.build({values!r}), worker='odd_worker'))"
+    )
+    return subprocess.Popen(
+        [PYTHON, "-c", program],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{folder}:{os.environ.get('PYTHONPATH', '')}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 class Server:

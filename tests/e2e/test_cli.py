@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ class Supervisor:
         self.served: list[Config] = []
         self.answer: int | Exception = 0
 
-    def run(self, config: Config) -> int:
+    def run(self, config: Config, *, reload: Callable[[], Config]) -> int:
         self.served.append(config)
+        self.reload = reload
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer

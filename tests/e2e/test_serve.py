@@ -8,13 +8,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from tests.e2e.conftest import PYTHON, Server
+from tests.e2e.conftest import PYTHON, Server, children, is_running, until
 
 Serve = Callable[..., Server]
 END_S = 10.0
@@ -29,26 +28,13 @@ async def _close_code(websocket: ClientConnection) -> int | None:
         return end.rcvd.code if end.rcvd else None
 
 
-def _workers(server: Server) -> list[int]:
-    pid = server.process.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
 def _run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([PYTHON, "-m", "fastsig", *args], capture_output=True, text=True, timeout=20, check=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_signal_closes_everybody_with_1001_and_ends_with_0(serve: Serve, number: signal.Signals) -> None:
-    server = serve()
+async def test_signal_without_a_drain_closes_everybody_with_1001(serve: Serve, number: signal.Signals) -> None:
+    server = serve("--server.drain-seconds", "0")
     async with connect(server.url, proxy=None) as websocket:
         server.process.send_signal(number)
         assert await _close_code(websocket) == 1001
@@ -56,7 +42,7 @@ async def test_signal_closes_everybody_with_1001_and_ends_with_0(serve: Serve, n
 
 
 def test_second_signal_does_not_wait_for_a_client_that_never_closes(serve: Serve) -> None:
-    server = serve()
+    server = serve("--server.drain-seconds", "0")
     request = (
         "GET /ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
@@ -97,14 +83,11 @@ def test_log_is_json_lines_where_there_is_no_terminal(serve: Serve) -> None:
 
 def test_worker_ends_when_the_supervisor_is_killed(serve: Serve) -> None:
     server = serve()
-    workers = _workers(server)
+    workers = children(server.process.pid)
     assert workers
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait(END_S)
-    deadline = time.monotonic() + END_S
-    while any(_is_running(pid) for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlives its supervisor"
-        time.sleep(0.02)
+    until(lambda: not any(is_running(pid) for pid in workers), "a worker outlives its supervisor")
 
 
 @pytest.mark.parametrize("option", ["", "--ready"])

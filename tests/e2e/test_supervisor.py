@@ -7,7 +7,6 @@ import re
 import signal
 import socket
 import subprocess
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,22 +16,10 @@ from websockets.asyncio.client import connect
 
 from fastsig import supervisor
 from fastsig.errors import StartError
-from tests.e2e.conftest import PYTHON, Server
+from tests.e2e.conftest import PYTHON, Server, children, run_with, until
 
 Serve = Callable[..., Server]
 END_S = 15.0
-
-
-def _until(is_so: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + END_S
-    while not is_so():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
-
-
-def _workers(server: Server) -> list[int]:
-    pid = server.process.pid
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
 
 
 def _descriptors(pid: int) -> int:
@@ -42,9 +29,9 @@ def _descriptors(pid: int) -> int:
 def _kill_worker(server: Server) -> None:
     """And wait for its successor."""
     ready = len(server.events("worker_ready"))
-    (pid,) = _workers(server)
+    (pid,) = children(server.process.pid)
     os.kill(pid, signal.SIGKILL)
-    _until(lambda: len(server.events("worker_ready")) > ready, "no successor")
+    until(lambda: len(server.events("worker_ready")) > ready, "no successor")
 
 
 async def _says_pong(url: str) -> bool:
@@ -68,7 +55,7 @@ async def test_killed_worker_is_replaced_and_the_port_serves_again(serve: Serve)
 
 async def test_connection_made_while_no_worker_runs_is_served_by_the_next(serve: Serve) -> None:
     server = serve()
-    (pid,) = _workers(server)
+    (pid,) = children(server.process.pid)
     os.kill(pid, signal.SIGKILL)
     assert await _says_pong(server.url)
 
@@ -94,69 +81,38 @@ def test_deaths_leave_neither_zombie_nor_descriptor(serve: Serve) -> None:
     before = _descriptors(server.process.pid)
     for _ in range(3):
         _kill_worker(server)
-    assert len(_workers(server)) == 1
+    assert len(children(server.process.pid)) == 1
     assert _descriptors(server.process.pid) == before
 
 
 def test_worker_has_only_the_descriptors_that_it_needs(serve: Serve) -> None:
     """Standard ones, listeners, its end of the control channel, and what its loop made: none of the supervisor's."""
     server = serve()
-    (first,) = _workers(server)
+    (first,) = children(server.process.pid)
     held = _descriptors(first)
     _kill_worker(server)
-    (second,) = _workers(server)
+    (second,) = children(server.process.pid)
     assert _descriptors(second) == held
 
 
 def test_worker_is_out_of_reach_of_the_terminal(serve: Serve) -> None:
     server = serve()
-    (worker,) = _workers(server)
+    (worker,) = children(server.process.pid)
     assert os.getsid(worker) == worker != os.getsid(server.process.pid)
-
-
-def test_hangup_changes_nothing(serve: Serve) -> None:
-    server = serve()
-    server.process.send_signal(signal.SIGHUP)
-    server.wait_for("reload_unsupported")
-    assert asyncio.run(_says_pong(server.url))
 
 
 def test_worker_that_does_not_stop_is_killed_when_forced(serve: Serve) -> None:
     server = serve()
-    (worker,) = _workers(server)
+    (worker,) = children(server.process.pid)
     os.kill(worker, signal.SIGSTOP)
     server.process.send_signal(signal.SIGTERM)
     server.wait_for("stopping")
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(END_S) == 1
-    _until(lambda: bool(server.events("worker_killed")), "it was not said that the worker was killed")
+    until(lambda: bool(server.events("worker_killed")), "it was not said that the worker was killed")
 
 
 # ---- other workers than ours
-
-
-def _run_with(tmp_path: Path, source: str) -> subprocess.Popen[str]:
-    """A supervisor whose worker is this program; it finds `channel`, and its first message, `boot`."""
-    head = """\
-        import signal, socket, sys, time
-        from fastsig.control import Channel, Failed, Heartbeat, Ready, Stop, Stopped
-        end = socket.socket(fileno=int(sys.argv[1]))
-        channel = Channel(end)
-        boot = channel.receive()
-        end.setblocking(True)
-    """
-    (tmp_path / "odd_worker.py").write_text(textwrap.dedent(head) + textwrap.dedent(source), encoding="utf-8")
-    program = (
-        "import sys; from fastsig import config, supervisor;"
-        "sys.exit(supervisor.run(config.build({'server.port': 0}), worker='odd_worker'))"
-    )
-    return subprocess.Popen(
-        [PYTHON, "-c", program],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +124,7 @@ def _run_with(tmp_path: Path, source: str) -> subprocess.Popen[str]:
     ],
 )
 def test_worker_that_cannot_start_ends_the_launch_with_3_and_one_line(tmp_path: Path, source: str, reason: str) -> None:
-    process = _run_with(tmp_path, source)
+    process = run_with(tmp_path, source)
     _, stderr = process.communicate(timeout=END_S)
     assert process.returncode == 3
     (line,) = stderr.splitlines()
@@ -176,7 +132,7 @@ def test_worker_that_cannot_start_ends_the_launch_with_3_and_one_line(tmp_path: 
 
 
 def test_worker_that_ends_badly_when_told_to_stop_spoils_the_exit_code(tmp_path: Path) -> None:
-    process = _run_with(tmp_path, "channel.send(Ready(1)); channel.receive(); sys.exit(4)")
+    process = run_with(tmp_path, "channel.send(Ready(1)); channel.receive(); sys.exit(4)")
     assert process.stderr is not None
     assert '"serving"' in process.stderr.readline()
     process.send_signal(signal.SIGTERM)
@@ -185,13 +141,13 @@ def test_worker_that_ends_badly_when_told_to_stop_spoils_the_exit_code(tmp_path:
 
 
 def test_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
-    process = _run_with(
+    process = run_with(
         tmp_path,
         """
         channel.send(Ready(1))
         if boot.generation == 1:
             end.send(b"nonsense")
-        while not isinstance(channel.receive(), Stop): pass
+        wait(Drain); channel.send(Stopped()); wait(Stop)
         """,
     )
     assert process.stderr is not None
@@ -206,11 +162,11 @@ def test_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
 
 
 def test_stop_during_the_start_is_clean(tmp_path: Path) -> None:
-    process = _run_with(
+    process = run_with(
         tmp_path,
         """
         sys.stderr.write("booting\\n")
-        while not isinstance(channel.receive(), Stop): pass
+        wait(Drain); channel.send(Stopped()); wait(Stop)
         """,
     )
     assert process.stderr is not None

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from fastsig import config
-from fastsig.config import BY_KEY, OPTIONS, Config
+from fastsig.config import BY_KEY, OPTIONS, Config, Option, build
 from fastsig.errors import ConfigError
 
 # ARCHITECTURE §7
@@ -282,3 +282,45 @@ def test_configuration_imports_nothing_that_a_worker_would_pay_for() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in json.loads(done.stdout)}
     assert not loaded & {"cyclopts", "attrs", "rich", "structlog", "picows", "aiohttp", "msgspec"}
+
+
+# ---- while a server runs
+
+
+def test_reload_takes_what_reloads_and_names_the_rest() -> None:
+    running = build({"limits.rooms": 5, "server.port": 1})
+    read = build({"limits.rooms": 6, "log.level": "debug", "server.port": 2, "server.workers": 3})
+    found = config.reload(running, read)
+    assert found.config == build({"limits.rooms": 6, "log.level": "debug", "server.port": 1})
+    assert found.changed == ["limits.rooms", "log.level"]
+    assert found.needs_restart == ["server.port", "server.workers"]
+
+
+def test_reload_of_the_same_changes_nothing() -> None:
+    running = build({"auth.keys": ("a",)})
+    found = config.reload(running, build({"auth.keys": ("a",)}))
+    assert (found.config, found.changed, found.needs_restart) == (running, [], [])
+
+
+def test_every_option_either_reloads_or_needs_a_restart() -> None:
+    running = build({"server.tls_cert": "/c", "server.tls_key": "/k"})  # neither may stand alone
+    values = {option.key: option.value_in(running) for option in OPTIONS}
+    for option in OPTIONS:
+        found = config.reload(running, build(values | {option.key: _other(option)}))
+        keys = ([option.key], []) if option.meta.is_reloadable else ([], [option.key])
+        assert (found.changed, found.needs_restart) == keys
+
+
+def _other(option: Option) -> Any:
+    """A usable value that is not the default."""
+    if option.choices:
+        return option.choices[:1] if option.is_list else next(word for word in option.choices if word != option.default)
+    known: dict[Any, Any] = {bool: not option.default, str: "/x", tuple[str, ...]: ("x",)}
+    return known[option.kind] if option.kind in known else 3 if option.default == "auto" else option.default + 1
+
+
+def test_reload_whose_mixture_is_unusable_is_refused() -> None:
+    """Each of the two is usable; the old echo path with the new proxies is not."""
+    running, read = build({"server.echo_path": "/echo"}), build({"server.trusted_proxies": ("10.0.0.0/8",)})
+    with pytest.raises(ConfigError, match=r"server\.echo_path"):
+        config.reload(running, read)

@@ -10,8 +10,21 @@ import pytest
 
 from fastsig import control
 from fastsig.config import Config, build
-from fastsig.control import NOTHING, Boot, Channel, ControlError, Failed, Heartbeat, Message, Ready, Stop, Stopped
-from fastsig.errors import InvariantError
+from fastsig.control import (
+    NOTHING,
+    Boot,
+    Channel,
+    ControlError,
+    Drain,
+    Failed,
+    Heartbeat,
+    Message,
+    Ready,
+    Reload,
+    Stop,
+    Stopped,
+)
+from fastsig.errors import ConfigError, InvariantError
 
 Pair = tuple[Channel, Channel]
 
@@ -40,6 +53,8 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
     "message",
     [
         Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6], counters=7),
+        Drain(seconds=20.0, deadline_s=25.0),
+        Reload(build({"limits.rooms": 7, "log.level": "debug"})),
         Stop(is_forced=True),
         Stop(is_forced=False, code=4000),
         Ready(pid=7),
@@ -144,6 +159,13 @@ def test_message_that_is_too_long_is_not_sent(ends: Pair) -> None:
     with pytest.raises(InvariantError):
         ours.send(Failed("x" * control.PACKET_BYTES))
     assert theirs.receive() is NOTHING
+
+
+def test_configuration_that_fits_no_packet_is_refused_in_time() -> None:
+    long = build({"server.origins": ("https://example.org",) * 6000})
+    with pytest.raises(ConfigError, match=r"1\d{5} bytes long in JSON, expected at most"):
+        control.check(long)
+    control.check(build({"server.origins": ("https://example.org",) * 5000}))
 
 
 def test_descriptors_that_nobody_expects_are_not_kept(raw: tuple[socket.socket, Channel]) -> None:

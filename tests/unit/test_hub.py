@@ -4,9 +4,11 @@ import json
 
 import pytest
 
+from fastsig.config import Limits
+from fastsig.errors import CloseCode
 from fastsig.hub import Hub
 
-from .memory import PING, PONG, Client, Host, frame
+from .memory import CLOSE, PING, PONG, Client, Host, frame
 
 META_1K = "x" * 1022  # 1024 bytes of JSON with its quotes
 
@@ -251,6 +253,32 @@ async def test_no_joins_while_draining(host: Host) -> None:
     assert (error["code"], error["retry"]) == ("draining", True)
 
 
+async def test_close_of_a_drain_is_told_to_those_who_stay(host: Host) -> None:
+    one, two = host.join("a"), host.join("b")
+    one.take()
+    host.hub.is_draining = True
+    room = host.relay.find_room("r")
+    assert room is not None
+    b = room.find("b")
+    assert b is not None
+    b.connection.send_close(CloseCode.DRAIN)
+    host.run()
+    assert two.take_close() == 4000
+    (left,) = one.take()
+    assert (left["type"], left["sender"], left["payload"]["reason"]) == ("peer-left", "b", "closed")
+
+
+async def test_end_of_all_is_told_to_nobody(host: Host) -> None:
+    clients = [host.join("a"), host.join("b")]
+    for client in clients:
+        client.take()
+    host.hub.is_draining = host.hub.is_ending = True
+    for connection in host.relay.all_connections():
+        connection.send_close(CloseCode.GOING_AWAY)
+    host.run()
+    assert [len(frames := client.take_frames()) and frames[0][0] for client in clients] == [CLOSE, CLOSE]
+
+
 REFUSED = {
     "not JSON": ("{", "bad_json"),
     "two values": ("{}{}", "bad_json"),
@@ -342,3 +370,53 @@ async def test_every_client_message_of_this_version_is_handled(host: Host) -> No
     for kind in ("hello", "join", "leave", "offer", "answer", "ice-candidate", "message", "x-y", "update", "ping"):
         client.say(type=kind, room="r")
         assert all(message.get("code") != "unknown_type" for message in client.take()), kind
+
+
+# ---- other limits while it runs
+
+
+async def test_new_limits_hold_for_those_who_are_there(host: Host) -> None:
+    one = host.join("a")
+    host.hub.configure(Limits(peers_per_room=1, rooms_per_connection=1, meta_bytes=8))
+    two = host.connect()
+    two.say(type="join", room="r", sender="b")
+    assert two.take_error() == "room_full"
+    one.say(type="join", room="other")
+    assert one.take_error() == "too_many_rooms"
+    one.say(type="update", room="r", payload={"meta": "x" * 7})
+    assert one.take_error() == "too_large"
+    one.say(type="leave", room="r")
+    assert one.take()[0]["type"] == "left"
+
+
+@pytest.mark.parametrize(("before", "now"), [(2, 4), (4, 2), (0, 3), (3, 0)])
+async def test_new_limit_of_errors_counts_those_that_were_made(before: int, now: int) -> None:
+    host = Host(errors_per_5s=before)
+    client = host.connect()
+    made = 0
+    while made < min(before or 2, now or 2):
+        client.say("{")
+        client.take_error()
+        made += 1
+    host.hub.configure(Limits(errors_per_5s=now))
+    while made < (now or 50):
+        client.say("{")
+        client.take_error()
+        made += 1
+    client.say("{")
+    if now and before:
+        assert client.take_close() == 4509
+    elif not now:
+        assert client.take_error() == "bad_json"
+
+
+async def test_relay_takes_new_limits(host: Host) -> None:
+    early = host.connect()
+    host.relay.configure(message_bytes=1024, output_bytes=1 << 20, handshake_s=1.0, first_message_s=2.0)
+    late, mute = host.connect(), host.accept()
+    host.advance(1.5)
+    assert mute.is_gone() and not late.is_shut()
+    host.advance(1.0)
+    assert late.take_close() == 4007
+    early.feed(frame(1, "x" * 600, fin=False) + frame(0, "x" * 600))
+    assert early.take_close() == 1009

@@ -118,6 +118,23 @@ def test_nothing_is_started_while_stopping() -> None:
     assert (was_over, fleet.is_over) == (False, True)
 
 
+def test_fleet_is_empty_when_every_worker_that_runs_says_so() -> None:
+    fleet = _serving(3)
+    fleet.on_empty(0)
+    fleet.on_empty(1)
+    fleet.on_empty(2)
+    assert not fleet.is_empty, "nobody asked"
+    fleet.on_death(0, "code 1", NOW + 60)
+    fleet.on_death(1, "code 1", NOW + 60)
+    fleet.starts(NOW + 60)
+    fleet.stop()
+    fleet.on_empty(0)
+    was_empty = fleet.is_empty
+    fleet.on_death(1, "signal SIGKILL", NOW + 61)
+    assert (was_empty, fleet.is_empty) == (False, True), "first the new worker of slot 1 had not said so"
+    assert not fleet.is_over
+
+
 def test_stop_before_the_first_launch_is_over_at_once() -> None:
     fleet = Fleet(2)
     fleet.stop()
