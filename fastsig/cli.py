@@ -8,6 +8,7 @@ The options themselves are in `config`; read `supervisor` next for what `serve` 
 """
 
 import os
+import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, make_dataclass
@@ -130,9 +131,9 @@ def _read_file(flag: str, *, is_reload: bool) -> tuple[dict[str, Any], str]:
     if not flag and path and body:
         raise ConfigError(f"{ENV_FILE} and {ENV_BODY} are both set: unset one")
     name = path or ENV_BODY
-    if path and is_reload and Path(path).exists() and not Path(path).is_file():
-        raise ConfigError(f"{name}: cannot be read again: it is no regular file")  # a pipe is empty now, or blocks
     try:
+        if path and is_reload and not stat.S_ISREG(Path(path).stat().st_mode):
+            raise ConfigError(f"{name}: cannot be read again: it is no regular file")  # a pipe is empty now, or blocks
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8") if path else body or "")
     except OSError as error:
         raise ConfigError(f"{name}: cannot be read: {error.strerror}") from None

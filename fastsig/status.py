@@ -134,8 +134,8 @@ class Service:
             check_folder(self.path.parent)
             self._make_way()
             listener = self._listen()
-        except OSError as error:
-            raise UnusableError(f"{self.path}: {error.strerror or error}") from error
+        except (OSError, ValueError) as error:  # ValueError: no path is like this one
+            raise UnusableError(f"{str(self.path)!r}: {getattr(error, 'strerror', None) or error}") from error
         self._server = await asyncio.start_unix_server(self._serve, sock=listener, limit=REQUEST_BYTES)
 
     def close(self) -> None:
@@ -189,8 +189,8 @@ class Service:
                     writer.transport.set_write_buffer_limits(0)  # so that `drain` waits for the last byte
                     writer.write(msgspec.json.encode(answer) + b"\n")
                     await writer.drain()
-        except (OSError, ValueError, TimeoutError):
-            pass  # gone, a line that is too long, too slow
+        except (OSError, ValueError, TimeoutError, asyncio.CancelledError):
+            pass  # gone, a line that is too long, too slow; or the server ends
         finally:
             self._clients -= 1
             writer.transport.abort()

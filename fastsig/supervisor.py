@@ -69,7 +69,7 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
     slots: list[list[socket.socket]] = []
     try:
         slots = _listeners(config)
-        return uvloop.run(Supervisor(config, slots, reload or (lambda: config), worker).run())
+        return uvloop.run(_made(config, slots, reload or (lambda: config), worker).run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
         return ExitCode.START
@@ -78,6 +78,13 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
         return ExitCode.FAILED
     finally:
         _close(slots)
+
+
+def _made(config: Config, slots: list[list[socket.socket]], reload: Callable[[], Config], worker: str) -> "Supervisor":
+    try:
+        return Supervisor(config, slots, reload, worker)
+    except OSError as error:
+        raise StartError(f"this machine has no room for the counters: {error}") from error
 
 
 def slot_count(config: Config) -> int:
@@ -221,14 +228,27 @@ class _Worker:
     pidfd: int  # readable when the process has ended
     log: logs.Logger = field(init=False)
     reason: str | None = None  # for which it says that it cannot start
+    waiting: list[ToWorker] = field(default_factory=list)  # what its channel had no room for
 
     def __post_init__(self) -> None:
         self.log = _log.bind(slot=self.slot, pid=self.process.pid)
 
     def send(self, message: ToWorker) -> None:
-        """A worker that is gone, or that reads nothing, is dealt with by its death and by deadlines."""
-        with contextlib.suppress(OSError):
-            self.channel.send(message)
+        """In order. What its channel has no room for waits for its next heartbeat; one that is gone needs nothing."""
+        if isinstance(message, Reload):
+            self.waiting = [other for other in self.waiting if not isinstance(other, Reload)]  # the newest is enough
+        self.waiting.append(message)
+        self.send_waiting()
+
+    def send_waiting(self) -> None:
+        try:
+            while self.waiting:
+                self.channel.send(self.waiting[0])
+                del self.waiting[0]
+        except BlockingIOError:
+            return
+        except OSError:
+            self.waiting.clear()
 
     def watch(self, events: asyncio.Queue["_Event"]) -> None:
         loop = asyncio.get_running_loop()
@@ -418,6 +438,7 @@ class Supervisor:
         match message:
             case Heartbeat():
                 self._fleet.on_heartbeat(worker.slot, now)
+                worker.send_waiting()
             case Ready():
                 self._handle_ready(worker, self._fleet.on_ready(worker.slot, now))
             case Failed(reason):
@@ -453,7 +474,7 @@ class Supervisor:
         del self._workers[worker.slot]
         status = worker.close()
         self._counters.zero_gauges(worker.slot)
-        words = f"signal {signal.Signals(-status).name}" if status < 0 else f"code {status}"
+        words = f"signal {_signal_name(-status)}" if status < 0 else f"code {status}"
         reason = worker.reason or f"worker {worker.slot} ended with {words}"
         if not self._fleet.is_stopping:
             self._replace(worker.slot, reason, worker.log)
@@ -506,6 +527,9 @@ class Supervisor:
         except ConfigError as error:
             _log.error("reload_refused", reason=str(error))
             return
+        except Exception:  # noqa: BLE001 # whatever it is, the old configuration serves as well as before
+            _log.exception("internal_error")
+            return
         self._config = reload.config
         logs.configure(self._config.log.level, self._config.log.format)
         for worker in self._workers.values():
@@ -541,6 +565,13 @@ class Supervisor:
         for worker in self._workers.values():
             worker.log.error("worker_killed")
             worker.process.kill()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal between the first and the last has no name
+        return str(number)
 
 
 def _command(module: str, fd: int) -> list[str]:

@@ -158,6 +158,32 @@ def test_file_that_was_a_pipe_is_not_taken_for_an_empty_one(serve: Serve, tmp_pa
     assert event["reason"] == f"{pipe}: cannot be read again: it is no regular file"
 
 
+def test_file_that_cannot_even_be_looked_at_is_refused(serve: Serve, file: Path) -> None:
+    server = serve("--config", str(file))
+    file.unlink()
+    file.symlink_to("x" * 300)  # a name that is too long for any file: stat fails, and not by "no such file"
+    (event,) = _reload(server, "reload_refused")
+    assert "too long" in event["reason"]
+    assert _second(server) == "joined"
+
+
+def test_what_a_stopped_worker_has_no_room_for_reaches_it_later(serve: Serve, file: Path) -> None:
+    """Its control channel fills up; the newest configuration and the end of the server still arrive."""
+    server = serve("--config", str(file), "--server.drain-seconds", "1")
+    (worker,) = children(server.process.pid)
+    os.kill(worker, signal.SIGSTOP)
+    for peers in range(2, 130):
+        file.write_text(f"[limits]\npeers_per_room = {peers}\n", encoding="utf-8")
+        _reload(server, "reloaded")
+    file.write_text("[limits]\npeers_per_room = 1\n", encoding="utf-8")
+    _reload(server, "reloaded")
+    os.kill(worker, signal.SIGCONT)
+    with connect(server.url, proxy=None) as first:
+        assert _join(first, "first") == "joined"
+        until(lambda: _second(server) == "room_full", "the newest limit does not hold")
+    assert server.stop() == 0
+
+
 def test_hangup_in_a_drain_is_refused(serve: Serve, file: Path) -> None:
     server = serve("--config", str(file), "--server.drain-seconds", "86400")
     with connect(server.url, proxy=None) as websocket:

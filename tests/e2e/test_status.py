@@ -237,6 +237,19 @@ def test_folder_that_cannot_be_used_costs_one_warning(serve: Serve, tmp_path: Pa
 def test_folder_that_cannot_be_made_or_named_costs_one_warning(serve: Serve, tmp_path: Path) -> None:
     _goes_on_without(serve("--server.runtime-dir", str(tmp_path / "no" / "such")), "No such file")
     _goes_on_without(serve("--server.runtime-dir", str(tmp_path / ("x" * 150))), "too long")
+    _goes_on_without(
+        serve(env={"FASTSIG_SERVER_RUNTIME_DIR": "", "FASTSIG_CONFIG_BODY": '[server]\nruntime_dir = "a\\u0000b"'}),
+        "null byte",
+    )
+
+
+def test_client_that_still_asks_when_the_server_ends_is_no_event(serve: Serve) -> None:
+    server = serve()
+    with _raw(server) as connection:
+        connection.sendall(b"{")
+        assert server.stop() == 0
+    assert server.events()[-1]["event"] == "stopped"
+    assert not server.events("library_message")
 
 
 def _goes_on_without(server: Server, says: str) -> None:

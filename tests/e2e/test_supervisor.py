@@ -53,6 +53,15 @@ async def test_killed_worker_is_replaced_and_the_port_serves_again(serve: Serve)
     assert "SIGKILL" in death["reason"]
 
 
+def test_worker_that_ends_by_a_signal_without_a_name_is_replaced(serve: Serve) -> None:
+    server = serve()
+    (pid,) = children(server.process.pid)
+    os.kill(pid, 40)
+    until(lambda: bool(server.events("worker_ready")), "no successor")
+    (death,) = server.events("worker_died")
+    assert "signal 40" in death["reason"]
+
+
 async def test_connection_made_while_no_worker_runs_is_served_by_the_next(serve: Serve) -> None:
     server = serve()
     (pid,) = children(server.process.pid)
