@@ -106,7 +106,6 @@ async def test_peers_are_warned_then_closed_with_4000_one_after_the_other(serve:
         server.process.send_signal(signal.SIGTERM)
         assert [await peer.is_closed() for peer in peers] == [4000] * count
         assert await _ended(server) == 0
-        assert time.monotonic() - began < seconds + 2
         for peer in peers:
             (notice,) = peer.all_of("go-away")
             payload = notice["payload"]
