@@ -138,7 +138,7 @@ class Limits:
         60.0, "Time from the handshake to the first hello or join.", unit="s", reloads=True, has_effect=True
     )
     output_bytes: int = _option(
-        1048576, "Output that a slow reader may leave behind; more closes with 4003.", unit="bytes",
+        1048576, "Output that a slow reader may leave behind; more for over a second closes with 4003.", unit="bytes",
         reloads=True, has_effect=True,
     )  # fmt: skip
     meta_bytes: int = _option(

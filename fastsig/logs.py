@@ -45,7 +45,7 @@ EVENTS: Final[dict[str, str]] = {
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
     "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
-    "cannot_watch": "A connection was given up because its socket cannot be watched, for `reason`.",
+    "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
     "library_message": "A library said `message` through Python's logging; `logger` is its name.",
