@@ -5,7 +5,13 @@
 
 Data layout first, hot loop last. A `Connection` is at once the picows listener of a WebSocket and the transport that
 picows writes to, so *every* byte to a peer goes through its one output buffer. A `Room` maps peer ids to `Member`s;
+a `Neighbour` is another worker: what is on the way to it, its peers in our rooms, and ours in its rooms;
 the `Relay` owns the rooms, the list of connections with something to send, and the timer wheel.
+
+A room has one owner. Of a room that is owned here all members are here, those included whose connection is elsewhere
+(guests of a neighbour: `Member.home`). Of a room that is owned elsewhere (`Room.owner`) only our own members are here;
+what they send goes to the owner as one frame, and comes back as one per recipient, or one per worker for a broadcast.
+Between workers a member is its `n`.
 
 It must not know what a join means, who may do what (`hub`), how a socket is accepted (`connection`), or processes.
 It reaches them through the callables and the `edge` object given at start.
@@ -14,6 +20,7 @@ Invariants
 - Appending to a buffer never sends more than that buffer, never closes a connection and never changes a room: a fan-out
   may iterate over a room while it appends. What must be closed is noted (`_doom`) and closed at the end of the turn.
 - A connection that is not OPEN is a member of no room.
+- All that one worker says to another is in one order: a relay never overtakes a join, nor the other way round.
 - `fd` is -1 before the transport that owns it can close it: a number that was reused is another peer's socket.
 - An envelope that a peer sees is written from validated values; payload bytes are copied unread.
 - Nobody else writes to the words that it counts in (`metrics` says what they mean).
@@ -22,7 +29,7 @@ Read next: `hub` for the rare messages, `connection` for how a connection begins
 """
 
 cimport cython
-from cpython.buffer cimport Py_buffer, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport Py_buffer, PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.object cimport PyObject
@@ -92,6 +99,13 @@ cdef extern from * nogil:
         c ^= 0xff; FS_ROUND(a, b, c, d); FS_ROUND(a, b, c, d); FS_ROUND(a, b, c, d);
         return a ^ b ^ c ^ d;
     }
+    /* one to one, so an ordinal is found by its hash alone; each bit changes half of the result (splitmix64's end) */
+    static inline uint64_t fs_mix(uint64_t n)
+    {
+        n = (n ^ n >> 30) * 0xbf58476d1ce4e5b9ull;
+        n = (n ^ n >> 27) * 0x94d049bb133111ebull;
+        return n ^ n >> 31;
+    }
     /* milliseconds since the last byte arrived, -1 where the kernel does not say */
     static long fs_silent_ms(int fd)
     {
@@ -105,6 +119,7 @@ cdef extern from * nogil:
     const int MSG_DONTWAIT
     ssize_t send(int fd, const void *p, size_t n, int flags)
     uint64_t fs_hash(const uint64_t *key, const char *p, size_t n)
+    uint64_t fs_mix(uint64_t n)
     long fs_silent_ms(int fd)
 
 
@@ -121,7 +136,10 @@ cdef enum:  # what the worker counts: the index of a 64-bit word, in the order o
     HANDSHAKES_REFUSED_TOTAL
     ROOMS
     MEMBERS
+    REMOTE_MEMBERS
     RELAYED_MESSAGES_RECEIVED_TOTAL
+    RELAYED_AWAY_TOTAL
+    RELAYED_FOR_OTHERS_TOTAL
     OTHER_MESSAGES_RECEIVED_TOTAL
     MESSAGES_DELIVERED_TOTAL
     ERRORS_SENT_TOTAL
@@ -129,6 +147,10 @@ cdef enum:  # what the worker counts: the index of a 64-bit word, in the order o
     SENT_BYTES_TOTAL
     SLOW_READERS_CLOSED_TOTAL
     UNANSWERED_PINGS_CLOSED_TOTAL
+    CONNECTIONS_PASSED_TOTAL
+    BUS_SENT_BYTES_TOTAL
+    BUS_RECEIVED_BYTES_TOTAL
+    LINKS_RESET_TOTAL
     RESTARTS_TOTAL  # the supervisor's: never written here
     WORDS           # how many there are
 
@@ -144,11 +166,31 @@ cdef enum:
     WHEEL = 256             # slots; a deadline further away than a turn of the wheel is put back when it comes up
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
+    WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
+    PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
+    FRAME_BYTES = 65536     # a longer frame between workers goes in pieces
+    LINK_BYTES = 16777216   # not with a neighbour yet, or four messages if that is more: then the link is reset;
+                            # at half of it relays are refused
+
+cdef enum Frame:  # between workers: uint32 length of what follows, one byte of kind, then as the writer has it
+    WORD       # what `bus_messages` says
+    RELAYED    # home to owner: one message of a member
+    DIRECTED   # owner to home: for one member, by n
+    TOLD       # the same, not counted as delivered: an ack or an error
+    BROADCAST  # owner to home: for all members of a room but one
+    DELIVERED  # home to owner: on how many connections one of the two was put
+
+cdef enum:
+    LENGTH = 4              # of a frame, before it
+    MORE = 1                # the first byte of a packet: what follows is a piece of a frame, and not its last
+    NO_PAYLOAD = 0xffffffff
+    WANTS_ACK = 1
 
 cdef double OVER_S = 1.0     # see Connection._overdraw
 cdef double LINGER_S = 2.0   # PROTOCOL §3.5
 cdef double PROBE_S = 5.0    # PROTOCOL §3.2, the same id twice
 cdef double PROBE_AGAIN_S = 30.0
+cdef double ACK_S = 2.0      # PROTOCOL §3.2: a home that is silent for so long has delivered nothing
 cdef bytes NULL_JSON = b"null"
 cdef tuple VERDICTS = ("ok", "bad_utf8", "bad_json", "bad_message", "too_large")
 
@@ -222,17 +264,30 @@ cdef class Table:
             i = (i + 1) & self.mask
         return None
 
-    cdef int put(self, Named item) except -1:
+    cdef Named find_key(self, uint64_t key):
+        """In a table whose keys are unique by themselves."""
+        cdef size_t i = key & self.mask
+        while self.slots[i].item != NULL:
+            if self.slots[i].hash == key:
+                return <Named>self.slots[i].item
+            i = (i + 1) & self.mask
+        return None
+
+    cdef int put(self, uint64_t hash, Named item) except -1:
         """The caller has made sure that the name is not in the table."""
         if 2 * (self.used + 1) > self.mask + 1:
             self._resize(2 * (self.mask + 1))
         Py_INCREF(item)
-        self._place(item.hash, <PyObject *>item)
+        self._place(hash, <PyObject *>item)
         self.used += 1
         return 0
 
-    cdef int remove(self, Named item) except -1:
-        cdef size_t i = item.hash & self.mask, hole, home
+    cdef list items(self):
+        cdef size_t i
+        return [<Named>self.slots[i].item for i in range(self.mask + 1) if self.slots[i].item != NULL]
+
+    cdef int remove(self, uint64_t hash, Named item) except -1:
+        cdef size_t i = hash & self.mask, hole, home
         while self.slots[i].item != <PyObject *>item:
             if self.slots[i].item == NULL:
                 raise InvariantError("a name is not in the table that it is removed from")
@@ -279,10 +334,11 @@ cdef class Table:
 
 
 cdef class Member(Named):
-    """One peer in one room. `name` is its peer id; the connection is where it is reached."""
+    """One peer in one room. `name` is its peer id; the connection is where it is reached, or `home` has that."""
 
     cdef readonly Room room
-    cdef readonly Connection connection
+    cdef readonly Connection connection  # None: it is elsewhere
+    cdef readonly Neighbour home     # None: here
     cdef readonly uint64_t n         # PROTOCOL §3.2, "Who offers"
     cdef public bytes meta           # JSON text as the peer sent it
     cdef Py_ssize_t index            # in room.order
@@ -293,7 +349,10 @@ cdef class Room(Named):
 
     cdef Table table
     cdef list order                  # of Member, in no particular order: removal swaps the last one in
+    cdef readonly Neighbour owner    # None: this worker
+    cdef readonly size_t guests      # members whose connection is elsewhere
     cdef public object max_peers     # int or None, from the join that made the room
+    cdef public dict roster          # n -> peer id, of a room that is owned elsewhere: the owner's as far as we heard
 
     def __len__(self):
         return PyList_GET_SIZE(self.order)
@@ -314,6 +373,14 @@ cdef class Room(Named):
 
 def _ordinal(Member member):
     return member.n
+
+
+cdef Member named_member(bytes raw, bytes json, uint64_t n, bytes meta):
+    cdef Member member = Member.__new__(Member)
+    name_it(member, raw, json)
+    member.n = n
+    member.meta = NULL_JSON if meta == NULL_JSON else meta
+    return member
 
 
 cdef class Message:
@@ -451,6 +518,9 @@ cdef class Connection(WSListener):
     cdef char *parts                  # an open fragmented message
     cdef size_t parts_used, parts_size
     cdef uint32_t parts_count         # 0: none is open
+    cdef list waiting                 # messages behind an undecided join, None: there is none
+    cdef size_t waiting_size
+    cdef bint is_paused               # not read: more than WAITING_BYTES wait
     # time (monotonic seconds)
     cdef double deadline              # when the wheel brings this connection up
     cdef double ping_at, join_by, probe_by, probed_at
@@ -527,9 +597,49 @@ cdef class Connection(WSListener):
         finally:
             self._release()
 
+    def wait(self):
+        """What this peer says from now on waits for a decision, until `proceed`."""
+        if self.waiting is not None:
+            raise InvariantError("a connection waits for one decision at a time")
+        self.waiting = []
+
+    def proceed(self):
+        """It is decided: what has waited is handled in order. A join among it may make the rest wait again."""
+        cdef list waiting = self.waiting
+        cdef bytes text
+        self.waiting = None
+        self.waiting_size = 0
+        if waiting is None or self.state != OPEN:
+            return
+        try:
+            for text in waiting:
+                if self.state == OPEN:
+                    self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        except Exception:
+            self.relay.on_bug(self)
+            self.fail(1011)
+        if self.is_paused and self.waiting_size <= WAITING_BYTES:
+            self._unpause()
+
+    cdef int _keep(self, const char *p, size_t n) except -1:
+        """A message for later. What was read already is kept, whatever the bound; no more is read above it."""
+        self.waiting.append(p[:n])
+        self.waiting_size += n
+        if self.waiting_size > WAITING_BYTES and not self.is_paused:
+            self.is_paused = True
+            self.relay.edge.pause(self)
+        return 0
+
+    cdef int _unpause(self) except -1:
+        if self.is_paused:
+            self.is_paused = False
+            self.relay.edge.resume(self)
+        return 0
+
     cdef int _depart(self, str reason) except -1:
         """Out of all rooms, before anything else can be sent there."""
-        if self.members:
+        if self.members or self.waiting is not None:
+            self.waiting = None
             self.relay.on_departed(self, reason)
             if FASTSIG_DEBUG and self.members:
                 raise InvariantError("a departed connection is still a member of a room")
@@ -551,6 +661,8 @@ cdef class Connection(WSListener):
         self.transport = None
         self.sink = None
         self.context = None
+        self.waiting = None
+        self.is_paused = False
         return 0
 
     cdef int _drop(self) except -1:
@@ -575,6 +687,11 @@ cdef class Connection(WSListener):
     def peer(self):
         """The peer id, None before a hello or join succeeded."""
         return None if self.raw is None else self.raw.decode()
+
+    @property
+    def is_waiting(self):
+        """Is a join undecided?"""
+        return self.waiting is not None
 
     @property
     def rooms(self):
@@ -656,6 +773,7 @@ cdef class Connection(WSListener):
         self.state = CLOSING
         if not (self.drops_when_sent or self.broken_by):
             self.relay.edge.discard(self)
+        self._unpause()  # its end is seen only while it is read
         self._arm(self.relay.clock() + LINGER_S)
         return 0
 
@@ -819,7 +937,7 @@ cdef class Connection(WSListener):
             if not self._is_alive(PROBE_S):
                 return self.fail(4002)
             self.probe_by = 1e300
-        if now >= self.join_by:
+        if now >= self.join_by and self.waiting is None:
             return self.fail(4007)
         if now >= self.ping_at:
             if self.is_heard:
@@ -924,22 +1042,490 @@ cdef class Connection(WSListener):
         return self._close_frame(code)
 
 
+# --------------------------------------------------------------------------------------------- other workers
+
+cdef class Pending:
+    """An ack that waits for the word of other workers."""
+
+    cdef Member sender
+    cdef bytes id
+    cdef uint32_t number
+    cdef uint32_t delivered
+    cdef list homes                  # of Neighbour, one for each answer that is missing
+    cdef double until
+
+
+cdef class Neighbour:
+    """Another worker, as this one knows it. Stays while its links come and go; `link` is None when there is none.
+
+    As home of our peers: `rooms` and `members` are those that it owns. As owner of rooms: `guests` are its peers.
+    What is said goes into one buffer, and in packets to the link at the end of the turn; nothing is copied twice.
+    """
+
+    cdef readonly object address
+    cdef readonly Relay relay
+    cdef readonly object link
+    cdef public bint is_open         # it has settled which of our members it takes: relays may go
+    cdef Table rooms, members, guests
+    cdef char *out
+    cdef size_t out_from, out_to, out_size
+    cdef size_t left_of_frame        # of a long frame that goes in pieces: bytes that have not gone
+    cdef bytes refused               # the packet that the link did not take
+    cdef size_t refused_size         # bytes of the buffer that are in it
+    cdef bint is_talking, is_blocked, is_reset
+    cdef bint is_skipped             # by the fan-out `fan_out`
+    cdef uint64_t fan_out
+    cdef bytearray pieces            # of a long frame of theirs, None: none is open
+
+    def __dealloc__(self):
+        free(self.out)
+
+    @property
+    def rooms_here(self):
+        """The rooms that it owns and peers of ours are in."""
+        return self.rooms.items()
+
+    @property
+    def guests_here(self):
+        """Its peers in rooms of ours."""
+        return self.guests.items()
+
+    @property
+    def waiting_bytes(self):
+        """What is said and not yet with its link."""
+        return self.out_to - self.out_from
+
+    def find_room(self, str name not None):
+        """A room that it owns, None when no peer of ours is in it."""
+        cdef bytes raw = name.encode()
+        return self._lookup(PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
+
+    cdef Room _lookup(self, const char *p, size_t n):
+        return <Room>self.rooms.find(fs_hash(HASH_KEY, p, n), p, n)
+
+    def find_member(self, uint64_t n):
+        """Our peer in one of its rooms, or None."""
+        return self.members.find_key(fs_mix(n))
+
+    def find_guest(self, uint64_t n):
+        """Its peer in one of our rooms, or None."""
+        return self.guests.find_key(fs_mix(n))
+
+    def connect(self, link not None):
+        """A new link, over which nothing was said."""
+        if self.link is not None:
+            raise InvariantError("a neighbour has one link at a time")
+        self.link = link
+
+    def disconnect(self):
+        """The link is lost, and with it what was on the way."""
+        self.link = None
+        self.is_open = self.is_blocked = self.is_reset = False
+        self.refused = None
+        self.pieces = None
+        self.left_of_frame = 0
+        self._forget()
+
+    def reset(self):
+        """End the link: too much waits, or what came over it was not understood. Its loss follows."""
+        if self.link is not None and not self.is_reset:
+            self.is_reset = True
+            self._forget()
+            self.relay.words[LINKS_RESET_TOTAL] += 1
+            self.link.close()
+
+    def say(self, bytes word not None):
+        """One word, behind all that was said so far."""
+        put_bytes(self._begin(WORD, PyBytes_GET_SIZE(word)), word)
+        self._commit()
+
+    def say_now(self, bytes word not None, fds):
+        """One word with descriptors (duplicates of them). False when the link does not take it at once: unsaid then."""
+        cdef size_t n = PyBytes_GET_SIZE(word)
+        if self.link is None or self.is_blocked:
+            return False
+        self._flush()
+        if self.out_from < self.out_to or n + LENGTH + 2 > PACKET_BYTES:
+            return False
+        packet = PyBytes_FromStringAndSize(NULL, n + LENGTH + 2)
+        PyBytes_AS_STRING(packet)[0] = 0
+        put_bytes(put_length(PyBytes_AS_STRING(packet) + 1, WORD, n), word)
+        return self._send(packet, fds)
+
+    def writable(self):
+        """The link takes packets again."""
+        self.is_blocked = False
+        if self.out_from < self.out_to:
+            self._talk()
+
+    def take(self, packet not None):
+        """What the other said, a buffer borrowed for this call. Resets the link when it is not understood."""
+        cdef Py_buffer view
+        PyObject_GetBuffer(packet, &view, PyBUF_SIMPLE)
+        try:
+            self.relay.words[BUS_RECEIVED_BYTES_TOTAL] += view.len
+            if view.len and not self.is_reset:
+                self._take_packet(<const char *>view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    # ---- what it says
+
+    cdef int _take_packet(self, const char *p, size_t n) except -1:
+        cdef bytearray whole
+        if self.pieces is None and not p[0] & MORE:
+            return self._take(p + 1, n - 1)
+        if self.pieces is None:
+            self.pieces = bytearray()
+        self.pieces += p[1:n]
+        if <size_t>len(self.pieces) > self.relay.link_bytes:
+            return self._not_understood()
+        if not p[0] & MORE:
+            whole = self.pieces
+            self.pieces = None
+            self._take(whole, len(whole))
+        return 0
+
+    cdef int _take(self, const char *p, size_t n) except -1:
+        """Frames, whole ones. A bug of ours in one costs what that one said, not those behind it."""
+        cdef uint32_t size
+        while n and not self.is_reset:
+            if n < LENGTH + 1:
+                return self._not_understood()
+            memcpy(&size, p, LENGTH)
+            p += LENGTH
+            n -= LENGTH
+            if size < 1 or size > n:
+                return self._not_understood()
+            try:
+                self._take_frame(p[0], p + 1, size - 1)
+            except Exception:
+                self.relay.on_bug(None)
+            p += size
+            n -= size
+        return 0
+
+    cdef int _not_understood(self) except -1:
+        try:
+            raise InvariantError(f"what worker {self.address} said is not understood")
+        except InvariantError:
+            self.relay.on_bug(None)
+        self.reset()
+        return 0
+
+    cdef int _take_frame(self, int kind, const char *p, size_t n) except -1:
+        if kind == DIRECTED and n >= 12:
+            return self._take_directed(p, n)
+        if kind == RELAYED and n >= 16:
+            return self._take_relayed(p, p + n)
+        if kind == BROADCAST and n >= 13:
+            return self._take_broadcast(p, p + n)
+        if kind == WORD:
+            self.relay.on_word(self, p[:n])
+            return 0
+        if kind == TOLD and n >= 8:
+            return self._take_told(p, n)
+        if kind == DELIVERED and n == 8:
+            return self._take_delivered(p)
+        return self._not_understood()
+
+    cdef int _take_relayed(self, const char *p, const char *end) except -1:
+        """A guest's message. One that is not on the roster (any more) is not heard."""
+        cdef fs_envelope *e = &self.relay.envelope
+        cdef Member sender = self._guest(p)
+        cdef uint32_t i, payload
+        cdef int flags = <uint8_t>p[8]
+        e.type.n = <uint8_t>p[9]
+        e.id.n = <uint8_t>p[10]
+        e.recipients = <uint8_t>p[11]
+        memcpy(&payload, p + 12, 4)
+        p += 16
+        if e.recipients > 32:
+            return self._not_understood()
+        e.payload.n = 0 if payload == NO_PAYLOAD else payload
+        p = cut(p, end, &e.type)
+        p = cut(p, end, &e.id)
+        for i in range(e.recipients):
+            if p == NULL or p == end:
+                return self._not_understood()
+            e.recipient[i].n = <uint8_t>p[0]
+            p = cut(p + 1, end, &e.recipient[i])
+        p = cut(p, end, &e.payload)
+        if p != end:
+            return self._not_understood()
+        if payload == NO_PAYLOAD:
+            e.payload.p = NULL
+        if e.id.n == 0:
+            e.id.p = NULL
+        if sender is None:
+            return 0
+        e.sender.p = NULL
+        e.room.p = PyBytes_AS_STRING(sender.room.raw)
+        e.room.n = PyBytes_GET_SIZE(sender.room.raw)
+        self.relay.words[RELAYED_FOR_OTHERS_TOTAL] += 1
+        return self.relay._route(sender, flags & WANTS_ACK)
+
+    cdef Member _guest(self, const char *p):
+        cdef uint64_t n
+        memcpy(&n, p, 8)
+        return <Member>self.guests.find_key(fs_mix(n))
+
+    cdef Member _member(self, const char *p):
+        cdef uint64_t n
+        memcpy(&n, p, 8)
+        return <Member>self.members.find_key(fs_mix(n))
+
+    cdef int _take_directed(self, const char *p, size_t n) except -1:
+        cdef Member member = self._member(p)
+        cdef uint32_t number
+        memcpy(&number, p + 8, 4)
+        if member is not None:
+            member.connection._frame(WSMsgType.TEXT, p + 12, n - 12)
+            self.relay.words[MESSAGES_DELIVERED_TOTAL] += 1
+        return self._confirm(number, member is not None)
+
+    cdef int _take_told(self, const char *p, size_t n) except -1:
+        cdef Member member = self._member(p)
+        if member is not None:
+            member.connection._frame(WSMsgType.TEXT, p + 8, n - 8)
+        return 0
+
+    cdef int _take_broadcast(self, const char *p, const char *end) except -1:
+        cdef Member but = self._member(p)
+        cdef uint32_t number, delivered = 0
+        cdef size_t n
+        cdef fs_text name
+        cdef Room room
+        memcpy(&number, p + 8, 4)
+        name.n = <uint8_t>p[12]
+        p = cut(p + 13, end, &name)
+        if p == NULL:
+            return self._not_understood()
+        room = self._lookup(name.p, name.n)
+        if room is not None:
+            n = end - p
+            put(put_header(self.relay._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), p, n)
+            delivered = self.relay._fan_out(room, but, header_size(n), n, None)
+            self.relay.words[MESSAGES_DELIVERED_TOTAL] += delivered
+        return self._confirm(number, delivered)
+
+    cdef int _confirm(self, uint32_t number, uint32_t delivered) except -1:
+        cdef char *p
+        if number:
+            p = self._begin(DELIVERED, 8)
+            memcpy(p, &number, 4)
+            memcpy(p + 4, &delivered, 4)
+            self._commit()
+        return 0
+
+    cdef int _take_delivered(self, const char *p) except -1:
+        cdef uint32_t number, delivered
+        cdef Pending pending
+        memcpy(&number, p, 4)
+        memcpy(&delivered, p + 4, 4)
+        pending = self.relay.pending.get(number)
+        if pending is not None and self in pending.homes:
+            pending.delivered += delivered
+            pending.homes.remove(self)
+            if not pending.homes:
+                self.relay._settle_ack(number, pending)
+        return 0
+
+    # ---- what is said to it
+
+    cdef inline bint _is_congested(self) noexcept:
+        return self.link is None or self.is_reset or self.out_to - self.out_from > self.relay.link_bytes // 2
+
+    cdef int _relay(self, uint64_t n, fs_envelope *e, bint wants_ack) except -1:
+        """One message of our member `n`, to the owner of its room. Everything in it is validated."""
+        cdef uint32_t i, payload = NO_PAYLOAD if e.payload.p == NULL else e.payload.n
+        cdef size_t size = 16 + e.type.n + (0 if e.id.p == NULL else e.id.n) + e.recipients
+        cdef char *p
+        for i in range(e.recipients):
+            size += e.recipient[i].n
+        if e.payload.p != NULL:
+            size += e.payload.n
+        p = self._begin(RELAYED, size)
+        memcpy(p, &n, 8)
+        p[8] = WANTS_ACK if wants_ack else 0
+        p[9] = <char>e.type.n
+        p[10] = <char>(0 if e.id.p == NULL else e.id.n)
+        p[11] = <char>e.recipients
+        memcpy(p + 12, &payload, 4)
+        p = put(p + 16, e.type.p, e.type.n)
+        if e.id.p != NULL:
+            p = put(p, e.id.p, e.id.n)
+        for i in range(e.recipients):
+            p[0] = <char>e.recipient[i].n
+            p = put(p + 1, e.recipient[i].p, e.recipient[i].n)
+        if e.payload.p != NULL:
+            put(p, e.payload.p, e.payload.n)
+        return self._commit()
+
+    cdef char *_direct(self, uint64_t n, size_t size, Pending pending) except NULL:
+        """Room for a message of `size` bytes to its peer `n`; the caller writes it and commits."""
+        cdef uint32_t number = self._number(pending)
+        cdef char *p = self._begin(DIRECTED, 12 + size)
+        memcpy(p, &n, 8)
+        memcpy(p + 8, &number, 4)
+        return p + 12
+
+    cdef uint32_t _number(self, Pending pending) except? 0xffffffff:
+        if pending is None:
+            return 0
+        pending.homes.append(self)
+        return pending.number
+
+    cdef int _told(self, uint64_t n, bytes text) except -1:
+        cdef char *p = self._begin(TOLD, 8 + PyBytes_GET_SIZE(text))
+        memcpy(p, &n, 8)
+        put_bytes(p + 8, text)
+        return self._commit()
+
+    cdef int _broadcast(self, Room room, uint64_t but, const char *text, size_t size, Pending pending) except -1:
+        cdef uint32_t number = self._number(pending)
+        cdef size_t length = PyBytes_GET_SIZE(room.raw)
+        cdef char *p = self._begin(BROADCAST, 13 + length + size)
+        memcpy(p, &but, 8)
+        memcpy(p + 8, &number, 4)
+        p[12] = <char>length
+        put(put_bytes(p + 13, room.raw), text, size)
+        return self._commit()
+
+    cdef char *_begin(self, int kind, size_t n) except NULL:
+        """Room for a frame whose content is n bytes; it counts as said at once, so write it before anything else."""
+        cdef size_t size = LENGTH + 1 + n
+        cdef char *at
+        if self.out_to + size > self.out_size:
+            self._grow(size)
+        at = self.out + self.out_to
+        self.out_to += size
+        return put_length(at, kind, n)
+
+    cdef int _commit(self) except -1:
+        """The frame that was begun is written."""
+        if self.link is None or self.is_reset:
+            self._forget()
+        elif self.out_to - self.out_from > self.relay.link_bytes:
+            self.reset()
+        elif not self.is_blocked:
+            self._talk()
+        return 0
+
+    cdef int _talk(self) except -1:
+        if not self.is_talking:
+            self.is_talking = True
+            self.relay.talking.append(self)
+            self.relay.flush_soon()
+        return 0
+
+    cdef int _grow(self, size_t n) except -1:
+        cdef size_t used = self.out_to - self.out_from, size = self.out_size or CHUNK
+        cdef char *new
+        if self.out_from:
+            memmove(self.out, self.out + self.out_from, used)
+            self.out_from = 0
+            self.out_to = used
+        while size < used + n:
+            size *= 2
+        if size > self.out_size:
+            new = <char *>realloc(self.out, size)
+            if new == NULL:
+                raise MemoryError
+            self.out = new
+            self.out_size = size
+        return 0
+
+    cdef void _forget(self) noexcept:
+        self.out_from = self.out_to = 0
+        if self.out_size > FRAME_BYTES:
+            free(self.out)
+            self.out = NULL
+            self.out_size = 0
+
+    cdef int _flush(self) except -1:
+        """Packets as long as the link takes them."""
+        if self.link is None or self.is_reset:
+            self._forget()
+            return 0
+        while self.out_from < self.out_to and not self.is_blocked:
+            if self.refused is None:
+                self.refused = self._packet()
+            if not self._send(self.refused, ()):
+                return 0
+            self.refused = None
+            self.out_from += self.refused_size
+        if self.out_from == self.out_to:
+            self._forget()
+        return 0
+
+    cdef bint _send(self, bytes packet, fds) except -1:
+        if not self.link.send(packet, fds):
+            self.is_blocked = True
+            return False
+        self.relay.words[BUS_SENT_BYTES_TOTAL] += PyBytes_GET_SIZE(packet)
+        return True
+
+    cdef bytes _packet(self):
+        """The next frames that fit, or a piece of a long one."""
+        cdef size_t at = self.out_from, n = 0
+        cdef uint32_t size
+        cdef char flags = 0
+        cdef bytes packet
+        if not self.left_of_frame:
+            while at + n < self.out_to:
+                memcpy(&size, self.out + at + n, LENGTH)
+                if size + LENGTH > FRAME_BYTES:
+                    if n == 0:
+                        self.left_of_frame = size + LENGTH
+                    break
+                if 1 + n + LENGTH + size > PACKET_BYTES:
+                    break
+                n += LENGTH + size
+        if self.left_of_frame:
+            n = min(self.left_of_frame, <size_t>FRAME_BYTES)
+            self.left_of_frame -= n
+            flags = MORE if self.left_of_frame else 0
+        packet = PyBytes_FromStringAndSize(NULL, 1 + n)
+        PyBytes_AS_STRING(packet)[0] = flags
+        memcpy(PyBytes_AS_STRING(packet) + 1, self.out + at, n)
+        self.refused_size = n
+        return packet
+
+
+cdef inline char *put_length(char *p, int kind, size_t n) noexcept:
+    cdef uint32_t size = <uint32_t>(n + 1)
+    memcpy(p, &size, LENGTH)
+    p[LENGTH] = <char>kind
+    return p + LENGTH + 1
+
+
+cdef inline const char *cut(const char *p, const char *end, fs_text *text) noexcept:
+    """`text` gets its bytes; what is behind them, or NULL when there are too few."""
+    text.p = p
+    if p == NULL or <size_t>(end - p) < text.n:
+        return NULL
+    return p + text.n
+
+
 # --------------------------------------------------------------------------------------------- the relay
 
 cdef class Relay:
     """All rooms and connections of one worker.
 
     `hub` gives the callables: `receive(connection, message)` for what is not relayed, `refuse(connection, code, room,
-    id, recipients)`, `depart(connection, reason)` when a connection leaves all its rooms. `edge` gives
-    `block(connection)` and `unblock(connection)` (watch its socket for room), `discard(connection)` (nothing that it
-    sends is read any more), `linger(connection)` (its last frame is out), `drop(transport)`.
+    id, recipients)` and the like for a guest, `depart(connection, reason)` when a connection leaves all its rooms, or
+    goes while a join is undecided, `receive_word(neighbour, word)` for what another worker says about members. `edge`
+    gives `block(connection)` and `unblock(connection)` (watch its socket for room), `pause(connection)` and
+    `resume(connection)` (reading), `discard(connection)` (nothing that it sends is read any more),
+    `linger(connection)` (its last frame is out), `drop(transport)`.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.
     """
 
     cdef object call_soon, clock, edge
-    cdef object on_message, on_refused, on_departed, on_bug
-    cdef size_t message_bytes, output_bytes
+    cdef object on_message, on_refused, on_guest_refused, on_departed, on_word, on_bug
+    cdef size_t message_bytes, output_bytes, link_bytes
     cdef double handshake_s, first_message_s, ping_s
     cdef Table table                # of Room
     cdef PyObject **dirty           # owned references to connections with something to send: [dirty_from, dirty_to)
@@ -957,6 +1543,10 @@ cdef class Relay:
     cdef uint64_t ticked            # the last tick that was handled
     cdef readonly size_t connections
     cdef fs_envelope envelope       # of the message being received
+    cdef list talking               # neighbours with something to send
+    cdef uint64_t fan_outs          # counted, so that a fan-out knows which neighbours it has met
+    cdef dict pending               # number -> Pending
+    cdef uint32_t acks              # numbers given
     cdef Py_buffer counters         # what `words` points into
     cdef uint64_t *words            # WORDS of them
 
@@ -964,6 +1554,8 @@ cdef class Relay:
         self.table = Table()
         self.doomed = []
         self.overdrawn = set()
+        self.talking = []
+        self.pending = {}
         self.pool = <char **>malloc(POOLED_CHUNKS * sizeof(char *))
         if self.pool == NULL:
             raise MemoryError
@@ -988,6 +1580,7 @@ cdef class Relay:
     def configure(self, *, message_bytes, output_bytes, handshake_s, first_message_s):
         """New limits; a deadline that is set already stays."""
         self.message_bytes = message_bytes
+        self.link_bytes = max(<size_t>LINK_BYTES, 4 * self.message_bytes)
         self.output_bytes = output_bytes or <size_t>-1
         self.handshake_s = handshake_s or 1e300
         self.first_message_s = first_message_s
@@ -996,6 +1589,8 @@ cdef class Relay:
         """Who decides, and who holds the sockets. Once, before the first connection."""
         self.on_message = hub.receive
         self.on_refused = hub.refuse
+        self.on_guest_refused = hub.refuse_guest
+        self.on_word = hub.receive_word
         self.on_departed = hub.depart
         self.on_bug = hub.report_bug
         self.edge = edge
@@ -1032,29 +1627,59 @@ cdef class Relay:
                                PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
 
     def add_member(self, str room_name not None, Connection connection not None, uint64_t n, bytes meta not None):
-        """Put the peer of `connection` into a room, which is made when it is the first. The caller has checked that no
-        other member has its id. Returns the Member."""
-        cdef Room room = self.find_room(room_name)
-        cdef Member member
+        """Put the peer of `connection` into a room of ours, which is made when it is the first. The caller has checked
+        that no other member has its id. Returns the Member."""
+        cdef Member member = named_member(connection.raw, connection.json, n, meta)
+        member.connection = connection
+        return self._enter(self._room(self.table, room_name, None), member)
+
+    def add_guest(self, str room_name not None, Neighbour home not None, str peer not None, uint64_t n,
+                  bytes meta not None):
+        """Put a peer whose connection is elsewhere into a room of ours. The caller has checked id and n."""
+        cdef bytes raw = peer.encode()
+        cdef Member member = named_member(raw, json_string(raw), n, meta)
+        member.home = home
+        return self._enter(self._room(self.table, room_name, None), member)
+
+    def add_away(self, str room_name not None, Neighbour owner not None, Connection connection not None, uint64_t n,
+                 bytes meta not None):
+        """The peer of `connection` has become a member of a room that is owned elsewhere."""
+        cdef Member member = named_member(connection.raw, connection.json, n, meta)
+        member.connection = connection
+        return self._enter(self._room(owner.rooms, room_name, owner), member)
+
+    cdef Room _room(self, Table table, str name, Neighbour owner):
+        """The room of this name in this table, made when there is none."""
+        cdef bytes raw = name.encode()
+        cdef Room room = <Room>table.find(fs_hash(HASH_KEY, PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw)),
+                                          PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
         if room is None:
             room = Room.__new__(Room)
-            raw = room_name.encode()
             name_it(room, raw, json_string(raw))
             room.table = Table()
             room.order = []
-            self.table.put(room)
-            self.words[ROOMS] += 1
-        member = Member.__new__(Member)
-        name_it(member, connection.raw, connection.json)
+            room.owner = owner
+            table.put(room.hash, room)
+            if owner is None:
+                self.words[ROOMS] += 1
+            else:
+                room.roster = {}
+        return room
+
+    cdef Member _enter(self, Room room, Member member):
         member.room = room
-        member.connection = connection
-        member.n = n
-        member.meta = NULL_JSON if meta == NULL_JSON else meta
         member.index = PyList_GET_SIZE(room.order)
-        room.table.put(member)
+        room.table.put(member.hash, member)
         room.order.append(member)
-        connection.members.append(member)
-        self.words[MEMBERS] += 1
+        if member.home is not None:
+            room.guests += 1
+            member.home.guests.put(fs_mix(member.n), member)
+        else:
+            member.connection.members.append(member)
+            self.words[MEMBERS] += 1
+        if room.owner is not None:
+            room.owner.members.put(fs_mix(member.n), member)
+            self.words[REMOTE_MEMBERS] += 1
         if FASTSIG_DEBUG:
             self._check(room)
         return member
@@ -1066,12 +1691,22 @@ cdef class Relay:
         if last is not member:
             room.order[member.index] = last
             last.index = member.index
-        room.table.remove(member)
-        member.connection.members.remove(member)
-        self.words[MEMBERS] -= 1
+        room.table.remove(member.hash, member)
+        if member.home is not None:
+            room.guests -= 1
+            member.home.guests.remove(fs_mix(member.n), member)
+        else:
+            member.connection.members.remove(member)
+            self.words[MEMBERS] -= 1
+        if room.owner is not None:
+            room.owner.members.remove(fs_mix(member.n), member)
+            self.words[REMOTE_MEMBERS] -= 1
         if not room.order:
-            self.table.remove(room)
-            self.words[ROOMS] -= 1
+            if room.owner is not None:
+                room.owner.rooms.remove(room.hash, room)
+            else:
+                self.table.remove(room.hash, room)
+                self.words[ROOMS] -= 1
         if FASTSIG_DEBUG:
             self._check(room)
 
@@ -1083,13 +1718,44 @@ cdef class Relay:
             if member.index != index or member.room is not room or room.table.find(
                     member.hash, PyBytes_AS_STRING(member.raw), PyBytes_GET_SIZE(member.raw)) is not member:
                 raise InvariantError("a member is not where its room looks for it")
+            if (member.home is None) == (member.connection is None):
+                raise InvariantError("a member has a connection here or a home elsewhere, one of the two")
         return 0
 
-    def publish(self, Room room not None, bytes text not None, Member but=None):
-        """One text message of the server to all members of a room, `but` one. Framed once."""
+    def publish(self, Room room not None, bytes text not None, Member but=None, bytes word=None):
+        """One text message of the server to all members of a room, `but` one. Framed once. For those whose connection
+        is elsewhere `word` goes to each worker that has any; a room with guests needs one."""
         cdef size_t n = PyBytes_GET_SIZE(text)
+        if room.guests and word is None:
+            raise InvariantError("what guests are to hear needs a word for their homes")
         put_bytes(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), text)
-        self._fan_out(room, but, header_size(n) + n)
+        self._fan_out(room, but, header_size(n), n, word)
+
+    def tell(self, Member member not None, bytes text not None):
+        """One text message of the server to one member, wherever its connection is."""
+        if member.connection is not None:
+            member.connection.send(text)
+        else:
+            member.home._told(member.n, text)
+
+    def add_neighbour(self, address):
+        """Another worker. It is there, as far as we are concerned, until this relay ends: only its links come and go."""
+        cdef Neighbour neighbour = Neighbour.__new__(Neighbour)
+        neighbour.address = address
+        neighbour.relay = self
+        neighbour.rooms = Table()
+        neighbour.members = Table()
+        neighbour.guests = Table()
+        return neighbour
+
+    def drop_acks_of(self, Neighbour neighbour not None):
+        """Its link is lost: what it has not confirmed was not delivered."""
+        cdef Pending pending
+        for number, pending in list(self.pending.items()):
+            while neighbour in pending.homes:
+                pending.homes.remove(neighbour)
+            if not pending.homes:
+                self._settle_ack(number, pending)
 
     # ---- time
 
@@ -1120,6 +1786,8 @@ cdef class Relay:
                     self._give_up(connection)
         if self.overdrawn:
             self._close_overdrawn(now)
+        if self.pending:
+            self._settle_late(now)
         self.flush_soon()
 
     cdef int _close_overdrawn(self, double now) except -1:
@@ -1220,16 +1888,25 @@ cdef class Relay:
 
     cpdef flush_soon(self):
         """Have `flush` run at the end of this loop turn, if there is anything to do."""
-        if not self.is_scheduled and (self.dirty_from < self.dirty_to or self.doomed):
+        if not self.is_scheduled and (self.dirty_from < self.dirty_to or self.doomed or self.talking):
             self.is_scheduled = True
             self.call_soon(self.flush_method)
 
     def flush(self):
         """One send per connection that has something to say, then the closes that were noted on the way."""
         cdef Connection connection
+        cdef Neighbour neighbour
         cdef int code
         cdef size_t left = min(self.dirty_to - self.dirty_from, <size_t>FLUSHES_PER_TURN)
         self.is_scheduled = False
+        while self.talking:  # first: another core can begin while we go on
+            neighbour = self.talking.pop()
+            neighbour.is_talking = False
+            try:
+                neighbour._flush()
+            except Exception:
+                self.on_bug(None)
+                neighbour.reset()
         while left:
             left -= 1
             connection = <Connection>self.dirty[self.dirty_from]
@@ -1275,7 +1952,10 @@ cdef class Relay:
         """One whole text message, borrowed for this call.
 
         A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
-        cdef int verdict = fs_scan(p, n, &self.envelope)
+        cdef int verdict
+        if connection.waiting is not None:
+            return connection._keep(p, n)
+        verdict = fs_scan(p, n, &self.envelope)
         if verdict == FS_OK and is_relayed(self.envelope.type.p, self.envelope.type.n):
             self.words[RELAYED_MESSAGES_RECEIVED_TOTAL] += 1
             return self._relay(connection)
@@ -1308,23 +1988,54 @@ cdef class Relay:
         sender = membership(connection, e.room)
         if sender is None:
             return self._refuse(connection, "not_joined", None)
+        if sender.room.owner is not None:
+            return self._relay_away(sender)
+        return self._route(sender, connection.wants_ack and e.id.p != NULL)
+
+    cdef int _relay_away(self, Member sender) except -1:
+        """To the owner of the room, which knows the others."""
+        cdef fs_envelope *e = &self.envelope
+        cdef Neighbour owner = sender.room.owner
+        if not owner.is_open or owner._is_congested():
+            return self._refuse(sender.connection, "backend_unavailable", recipients_of(e))
+        self.words[RELAYED_AWAY_TOTAL] += 1
+        return owner._relay(sender.n, e, sender.connection.wants_ack and e.id.p != NULL)
+
+    cdef int _route(self, Member sender, bint wants_ack) except -1:
+        """The message in `envelope` to the members of a room of ours. `sender` is one, here or elsewhere."""
+        cdef fs_envelope *e = &self.envelope
+        cdef Pending pending = None
+        cdef uint32_t delivered
+        cdef size_t n
+        if wants_ack:
+            pending = Pending.__new__(Pending)
+            pending.homes = []
+            self.acks += 1
+            pending.number = self.acks
         if e.recipients:
-            delivered = self._direct(sender)
+            delivered = self._direct(sender, pending)
         else:
             n = self._envelope_size(sender, None)
-            self._envelope(self._scratch(n + ROOMY_HEADER), n, sender, None)
-            delivered = self._fan_out(sender.room, sender, header_size(n) + n)
+            self._envelope(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, None)
+            delivered = self._fan_out(sender.room, sender, header_size(n), n, None, pending)
         self.words[MESSAGES_DELIVERED_TOTAL] += delivered
-        if connection.wants_ack and e.id.p != NULL:
-            self._ack(connection, delivered)
+        if pending is not None:
+            pending.delivered = delivered
+            pending.sender = sender
+            pending.id = e.id.p[:e.id.n]
+            if pending.homes:
+                pending.until = self.clock() + ACK_S
+                self.pending[pending.number] = pending
+            else:
+                self._ack(pending)
         return 0
 
-    cdef uint32_t _direct(self, Member sender) except? 0xffffffff:
-        """To the recipients by name; those that are not there are named in one error."""
+    cdef uint32_t _direct(self, Member sender, Pending pending) except? 0xffffffff:
+        """To the recipients by name; those that are not there are named in one error, those out of reach in another."""
         cdef fs_envelope *e = &self.envelope
         cdef Member member
         cdef uint32_t i, delivered = 0
-        cdef list absent = None
+        cdef list absent = None, unreachable = None
         cdef size_t n
         for i in range(e.recipients):
             member = sender.room.lookup(e.recipient[i].p, e.recipient[i].n)
@@ -1333,33 +2044,80 @@ cdef class Relay:
                 absent.append(text_of(e.recipient[i]))
                 continue
             n = self._envelope_size(sender, member)
-            self._envelope(member.connection._reserve(n + ROOMY_HEADER), n, sender, member)
+            if member.connection is None:
+                if member.home._is_congested():
+                    unreachable = unreachable or []
+                    unreachable.append(text_of(e.recipient[i]))
+                    continue
+                self._envelope(member.home._direct(member.n, n, pending), sender, member)
+                member.home._commit()
+                continue
+            self._envelope(put_header(member.connection._reserve(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, member)
             member.connection._commit(header_size(n) + n)
             delivered += 1
         if absent is not None:
-            self._refuse(sender.connection, "peer_unavailable", absent)
+            self._refuse_member(sender, "peer_unavailable", absent)
+        if unreachable is not None:
+            self._refuse_member(sender, "backend_unavailable", unreachable)
         return delivered
 
-    cdef uint32_t _fan_out(self, Room room, Member but, size_t n) except? 0xffffffff:
-        """The frame in the scratch buffer to everybody but one. Never yields: a directed message would overtake it."""
+    cdef int _refuse_member(self, Member sender, str code, list recipients) except -1:
+        if sender.connection is not None:
+            return self._refuse(sender.connection, code, recipients)
+        self.on_guest_refused(sender, code, text_of(self.envelope.id), recipients)
+        return 0
+
+    cdef uint32_t _fan_out(self, Room room, Member but, size_t header, size_t n, bytes word,
+                           Pending pending=None) except? 0xffffffff:
+        """The frame in the scratch buffer (a header and n bytes) to everybody but one; a worker that has several of
+        them gets one frame, `word` or a broadcast. Never yields: a directed message would overtake it."""
         cdef Py_ssize_t i, members = PyList_GET_SIZE(room.order)
         cdef Member member
         cdef Connection connection
         cdef uint32_t delivered = 0
+        cdef list unreachable = None
+        self.fan_outs += 1
         for i in range(members):
             member = <Member>PyList_GET_ITEM(room.order, i)
             if member is but:
                 continue
             connection = member.connection
-            memcpy(connection._reserve(n), self.scratch, n)
-            connection._commit(n)
+            if connection is None:
+                if member.home.fan_out != self.fan_outs:
+                    member.home.fan_out = self.fan_outs
+                    member.home.is_skipped = word is None and member.home._is_congested()
+                    if word is not None:
+                        member.home.say(word)
+                    elif not member.home.is_skipped:
+                        member.home._broadcast(room, 0 if but is None else but.n, self.scratch + header, n, pending)
+                if member.home.is_skipped:
+                    unreachable = unreachable or []
+                    unreachable.append(member.name)
+                continue
+            memcpy(connection._reserve(header + n), self.scratch, header + n)
+            connection._commit(header + n)
             delivered += 1
+        if unreachable is not None:
+            self._refuse_member(but, "backend_unavailable", unreachable)
         return delivered
 
-    cdef int _ack(self, Connection connection, uint32_t delivered) except -1:
+    cdef int _ack(self, Pending pending) except -1:
         cdef char id[ESCAPED_ID]
-        cdef size_t n = fs_escape(id, self.envelope.id.p, self.envelope.id.n)
-        connection.send(b'{"type":"ack","payload":{"delivered":%d,"queued":0},"id":%b}' % (delivered, id[:n]))
+        cdef size_t n = fs_escape(id, PyBytes_AS_STRING(pending.id), PyBytes_GET_SIZE(pending.id))
+        self.tell(pending.sender, b'{"type":"ack","payload":{"delivered":%d,"queued":0},"id":%b}' % (
+            pending.delivered, id[:n]))
+        return 0
+
+    cdef int _settle_ack(self, number, Pending pending) except -1:
+        del self.pending[number]
+        return self._ack(pending)
+
+    cdef int _settle_late(self, double now) except -1:
+        cdef Pending pending
+        for number, pending in list(self.pending.items()):  # the oldest first
+            if now < pending.until:
+                break
+            self._settle_ack(number, pending)
         return 0
 
     cdef size_t _envelope_size(self, Member sender, Member recipient) noexcept:
@@ -1374,10 +2132,9 @@ cdef class Relay:
             n += 6 + fs_escape(id, e.id.p, e.id.n)
         return n
 
-    cdef char *_envelope(self, char *p, size_t n, Member sender, Member recipient) noexcept:
-        """The whole frame, written from validated values (PROTOCOL §1.4); n is what `_envelope_size` says."""
+    cdef char *_envelope(self, char *p, Member sender, Member recipient) noexcept:
+        """What the recipient sees, written from validated values (PROTOCOL §1.4); as long as `_envelope_size` says."""
         cdef fs_envelope *e = &self.envelope
-        p = put_header(p, WSMsgType.TEXT, n)
         p = put(p, b'{"type":"', 9)
         p = put(p, e.type.p, e.type.n)
         p = put(p, b'","room":', 9)

@@ -328,6 +328,14 @@ class Edge:
             for connection in [connection for connection, fd in self._watched.items() if fd < 0]:
                 connection.writable()
 
+    def pause(self, connection: Connection) -> None:
+        """Read nothing more from it, until `resume`. Its end is not seen meanwhile."""
+        connection.transport.pause_reading()
+
+    def resume(self, connection: Connection) -> None:
+        """Read again."""
+        connection.transport.resume_reading()
+
     def discard(self, connection: Connection) -> None:
         """Throw away what still comes from that peer."""
         connection.transport.set_protocol(Discard(connection))

@@ -1,38 +1,77 @@
 """The domain: what each rare message does to rooms and peers. Relayed messages never come here.
 
-Knows the relay's tables, the structs of `protocol` and the catalogue; knows no picows, no sockets, no processes. Time
-comes from the clock it is given (`clock`: monotonic seconds, `unix_clock`: unix seconds), randomness from `make_id`.
+A worker is the home of the peers that are connected to it, and the owner of some rooms. `Hub` is the home: it answers
+its peers, asks `Rooms` about rooms that are owned here and other workers about theirs, and hears what they say. Knows
+the relay's tables, the structs of `protocol` and `bus_messages`, and the catalogue; knows no picows, no sockets, no
+processes. Time comes from the clock it is given (`clock`: monotonic seconds, `unix_clock`: unix seconds), randomness
+from `make_id`.
 
 Invariants
 - A message is answered by exactly what PROTOCOL §3.1 names, or by one `error`; nothing of a refused message has an
   effect.
 - `joined` goes out before anything else of that room; the others hear `peer-joined` before they hear from that peer,
   and nothing of a peer after its `peer-left`.
+- A connection whose join another worker decides waits, and is answered: by that worker, by the loss of the way to it,
+  or after `DECISION_S`. What is decided later than that is undone.
+- A room that is owned elsewhere is known here as long as a peer of ours is in it, also while its owner is away.
 """
 
+import itertools
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
 
+import msgspec
 from msgspec import Raw
 
-from . import __version__, logs, metrics, protocol, routing
-from ._relay import Connection, Member, Message, Relay, Room
+from . import __version__, logs, metrics, protocol
+from ._relay import Connection, Member, Message, Neighbour, Relay
+from .bus import Link
+from .bus_messages import (
+    Admitted,
+    Announce,
+    Done,
+    Entry,
+    Gone,
+    Join,
+    Leave,
+    News,
+    Probe,
+    Refused,
+    Roster,
+    Settled,
+    Update,
+    Withdraw,
+    decode,
+    encode,
+)
 from .config import Limits
 from .errors import CATALOGUE, CloseCode, ProtocolError
+from .rooms import Rooms, entries
+from .routing import Address, View
 
 _log = logs.get("fastsig.hub")
 
-ID_TAKEN_AFTER_MS: Final = 6000  # PROTOCOL §3.2: by then the probe of the older connection has ended
 ERROR_WINDOW_S: Final = 5.0
+DECISION_S: Final = 5.0  # PROTOCOL §3, Waiting
 
 _ERRORS_SENT: Final = metrics.INDEX["errors_sent_total"]
 
 
+class _Request(NamedTuple):
+    """A join that another worker decides."""
+
+    connection: Connection
+    owner: Neighbour
+    join: Join
+    id: str | None
+    until: float
+
+
 class Hub:
-    """Decides for one worker. `generation` is its slot's: the ordinals of an earlier life are all smaller."""
+    """Decides for one worker. `own` is its address in `view`; without a view it owns every room."""
 
     def __init__(
         self,
@@ -40,18 +79,24 @@ class Hub:
         limits: Limits,
         *,
         generation: int = 1,
+        own: Address | None = None,
+        view: View | None = None,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
         make_id: Callable[[], str] | None = None,
     ) -> None:
-        self.is_draining = False  # no more joins
-        self.is_ending = False  # everybody goes at once: nobody is told about the others (n² messages)
+        self.rooms = Rooms(relay, limits, generation=generation)
         self._relay = relay
         self._limits = limits
+        self._own = own
+        self._view = view
         self._clock = clock
         self._unix_clock = unix_clock
         self._make_id = make_id or (lambda: secrets.token_urlsafe(16))
-        self._ordinals = routing.ordinals(generation)
+        self._neighbours: dict[Address, Neighbour] = {}
+        self._requests: dict[int, _Request] = {}  # by the number of the join, the oldest first
+        self._asking: dict[Connection, int] = {}  # the same by the connection: it has one at a time
+        self._numbers = itertools.count(1)
         self._handlers: dict[str, Callable[[Connection, Message], None]] = {
             "hello": self._hello,
             "join": self._join,
@@ -59,10 +104,30 @@ class Hub:
             "update": self._update,
             "ping": self._ping,
         }
+        self._words: dict[type, Callable[[Neighbour, Any], None]] = self.rooms.words | {
+            Admitted: self._on_admitted,
+            Refused: self._on_refused,
+            News: self._on_news,
+            Probe: self._on_probe,
+            Roster: self._on_roster,
+            Gone: self._on_gone,
+            Settled: self._on_settled,
+        }
 
     def configure(self, limits: Limits) -> None:
         """New limits: those who are above one already stay."""
-        self._limits = limits
+        self._limits = self.rooms.limits = limits
+
+    def handle(self, word: type, handler: Callable[[Neighbour, Any], None]) -> None:
+        """Who hears a word that is not about members."""
+        self._words[word] = handler
+
+    def owner(self, room: str) -> Neighbour | None:
+        """The worker that owns a room; None: this one."""
+        if self._view is None:
+            return None
+        address = self._view.owner(room)
+        return None if address == self._own else self._neighbour(address)
 
     # ---- called by the relay
 
@@ -86,14 +151,33 @@ class Hub:
         if entry.is_counted and self._is_one_too_many(connection):
             connection.send_close(CloseCode.TOO_MANY_ERRORS, "lost")
 
+    def refuse_guest(self, sender: Member, code: str, id: str | None, recipients: list[str] | None) -> None:
+        """One `error`, of the kind that is not counted, for a message that its home had relayed to us."""
+        text = protocol.error(CATALOGUE[code], room=sender.room.name, id=id, recipients=recipients, after_ms=None)
+        self._relay.tell(sender, text)
+        self._relay.count(_ERRORS_SENT)
+
     def depart(self, connection: Connection, reason: str) -> None:
-        """The connection is going or gone: out of all its rooms."""
+        """The connection is going or gone: out of all its rooms, and not into another."""
+        number = self._asking.get(connection)
+        if number is not None:
+            self._withdraw(number)
         for member in connection.rooms:
             self._remove(member, reason)
 
-    def report_bug(self, connection: Connection) -> None:
-        """An exception that nobody meant reached the frame callback: ours to mend, 1011 for that connection alone."""
-        _log.exception("internal_error", peer=connection.peer)
+    def report_bug(self, connection: Connection | None) -> None:
+        """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone."""
+        _log.exception("internal_error", peer=None if connection is None else connection.peer)
+
+    def receive_word(self, neighbour: Neighbour, word: bytes) -> None:
+        """What another worker says. One of another version says what cannot be read: the way to it is useless."""
+        try:
+            read = decode(word)
+        except msgspec.DecodeError:
+            self.report_bug(None)
+            neighbour.reset()
+            return
+        self._words[type(read)](neighbour, read)
 
     # ---- the rare messages
 
@@ -121,25 +205,19 @@ class Hub:
 
     def _join(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
-        join = protocol.read_join(message.payload, meta_bytes=self._limits.meta_bytes)
-        _refuse_token(join.token)
+        payload = protocol.read_join(message.payload, meta_bytes=self._limits.meta_bytes)
+        _refuse_token(payload.token)
+        self._check_joiner(connection, name)
         peer = connection.peer or message.sender or self._make_id()
-        room = self._admit(connection, name, peer)
-        if connection.peer is None:
-            connection.identify(peer)
-        connection.settle()
-        member = self._relay.add_member(name, connection, next(self._ordinals), bytes(join.meta))
-        if room is None:
-            member.room.max_peers = join.max_peers
-        roster = [
-            protocol.RosterEntry(sender=other.name, n=other.n, meta=Raw(other.meta))
-            for other in member.room.members
-            if other is not member
-        ]
-        payload = protocol.Roster(n=member.n, peers=roster)
-        connection.send(protocol.Joined(room=name, sender=peer, payload=payload, id=message.id).encode())
-        newcomer = protocol.Newcomer(n=member.n, meta=Raw(member.meta), trace=join.trace)
-        self._relay.publish(member.room, protocol.PeerJoined(room=name, sender=peer, payload=newcomer).encode(), member)
+        join = Join(next(self._numbers), name, peer, payload.meta, payload.max_peers, payload.trace)
+        owner = self.owner(name)
+        if owner is not None:
+            self._ask(owner, connection, join, message.id)
+        elif self.rooms.is_gathering:
+            connection.wait()
+            self.rooms.hold(lambda: self._join_later(connection, join, message.id))
+        else:
+            self._join_here(connection, join, message.id)
 
     def _leave(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
@@ -148,10 +226,15 @@ class Hub:
 
     def _update(self, connection: Connection, message: Message) -> None:
         member = _membership(connection, _room_of(message))
-        member.meta = protocol.read_update(message.payload, meta_bytes=self._limits.meta_bytes)
-        payload = protocol.Updated(n=member.n, meta=Raw(member.meta))
-        news = protocol.PeerUpdated(room=member.room.name, sender=member.name, payload=payload)
-        self._relay.publish(member.room, news.encode(), member)
+        meta = protocol.read_update(message.payload, meta_bytes=self._limits.meta_bytes)
+        owner = member.room.owner
+        if owner is None:
+            self.rooms.update(member, meta)
+        elif owner.is_open:
+            member.meta = meta
+            owner.say(encode(Update(member.n, Raw(meta))))
+        else:
+            raise ProtocolError("backend_unavailable")
 
     def _ping(self, connection: Connection, message: Message) -> None:
         if message.payload is not None and len(message.payload) > protocol.PING_PAYLOAD_BYTES:
@@ -159,39 +242,172 @@ class Hub:
         payload = None if message.payload is None else Raw(message.payload)
         connection.send(protocol.Pong(payload=payload, id=message.id).encode())
 
-    # ---- rules
+    # ---- joins
 
-    def _admit(self, connection: Connection, name: str, peer: str) -> Room | None:
-        """The room that `peer` may join, None when the join makes it. Raises ProtocolError when it may not."""
-        limits = self._limits
-        if self.is_draining:
+    def _check_joiner(self, connection: Connection, name: str) -> None:
+        limit = self._limits.rooms_per_connection
+        if self.rooms.is_draining:
             raise ProtocolError("draining")
         memberships = connection.rooms
         if any(member.room.name == name for member in memberships):
             raise ProtocolError("already_joined")
-        if limits.rooms_per_connection and len(memberships) >= limits.rooms_per_connection:
+        if limit and len(memberships) >= limit:
             raise ProtocolError("too_many_rooms")
-        room = self._relay.find_room(name)
+
+    def _join_here(self, connection: Connection, join: Join, id: str | None) -> None:
+        self.rooms.check(join.room, join.peer)
+        _settle(connection, join.peer)
+        member = self.rooms.add(join, connection)
+        _send_joined(member, entries(other for other in member.room.members if other is not member), id)
+        self.rooms.introduce(member, join.trace)
+
+    def _join_later(self, connection: Connection, join: Join, id: str | None) -> None:
+        """It was held while the rooms were gathered."""
+        if not connection.is_waiting:  # gone meanwhile
+            return
+        try:
+            self._join_here(connection, join, id)
+        except ProtocolError as refusal:
+            self.refuse(connection, refusal.entry.code, join.room, id, None, refusal.after_ms)
+        connection.proceed()
+
+    def _ask(self, owner: Neighbour, connection: Connection, join: Join, id: str | None) -> None:
+        if owner.link is None:
+            raise ProtocolError("backend_unavailable")
+        connection.wait()
+        self._asking[connection] = join.request
+        self._requests[join.request] = _Request(connection, owner, join, id, self._clock() + DECISION_S)
+        owner.say(encode(join))
+
+    def _on_admitted(self, owner: Neighbour, word: Admitted) -> None:
+        request = self._pop(word.request)
+        if request is None:
+            owner.say(encode(Leave(word.n, "lost")))
+            return
+        connection = request.connection
+        _settle(connection, request.join.peer)
+        member = self._relay.add_away(word.room, owner, connection, word.n, bytes(request.join.meta))
+        member.room.max_peers = word.max_peers
+        member.room.roster = {entry.n: entry.peer for entry in word.roster} | {member.n: member.name}
+        _send_joined(member, word.roster, request.id)
+        connection.proceed()
+
+    def _on_refused(self, owner: Neighbour, word: Refused) -> None:
+        request = self._pop(word.request)
+        if request is not None:
+            self._give_up(request, word.code, word.after_ms)
+
+    def _pop(self, number: int) -> _Request | None:
+        request = self._requests.pop(number, None)
+        if request is not None:
+            del self._asking[request.connection]
+        return request
+
+    def _withdraw(self, number: int) -> _Request:
+        """Decided or not, it comes to nothing."""
+        request = self._requests.pop(number)
+        del self._asking[request.connection]
+        request.owner.say(encode(Withdraw(number)))
+        return request
+
+    def _give_up(self, request: _Request, code: str, after_ms: int | None = None) -> None:
+        self.refuse(request.connection, code, request.join.room, request.id, None, after_ms)
+        request.connection.proceed()
+
+    def tick(self, now: float) -> None:
+        """Answer those who have waited too long. Call a few times a second."""
+        for number, request in list(self._requests.items()):
+            if now < request.until:
+                break
+            self._give_up(self._withdraw(number), "backend_unavailable")
+
+    # ---- links to other workers (the bus calls these)
+
+    def on_link(self, link: Link) -> None:
+        """A new way to another worker: first it hears what it may not know, or not know any more."""
+        owner = self._neighbour(link.address)
+        owner.connect(link)
+        for room in owner.rooms_here:
+            owner.say(encode(Announce(room.name, entries(room.members), room.max_peers)))
+        owner.say(encode(Done()))
+
+    def on_packet(self, link: Link, packet: memoryview) -> None:
+        """What the other has said."""
+        self._neighbour(link.address).take(packet)
+
+    def on_writable(self, link: Link) -> None:
+        """The link takes packets again."""
+        self._neighbour(link.address).writable()
+
+    def on_lost(self, link: Link) -> None:
+        """Its peers are out of our rooms; ours stay in its rooms, which are out of reach; what it owed is not coming."""
+        neighbour = self._neighbour(link.address)
+        neighbour.disconnect()
+        self._relay.drop_acks_of(neighbour)
+        self.rooms.on_lost(neighbour)
+        for number, request in list(self._requests.items()):
+            if request.owner is neighbour:
+                self._give_up(self._withdraw(number), "backend_unavailable")
+
+    def _neighbour(self, address: Address) -> Neighbour:
+        neighbour = self._neighbours.get(address)
+        if neighbour is None:
+            neighbour = self._neighbours[address] = self._relay.add_neighbour(address)
+        return neighbour
+
+    # ---- what the owners of rooms say
+
+    def _on_news(self, owner: Neighbour, word: News) -> None:
+        room = owner.find_room(word.room)
         if room is None:
-            if limits.rooms and self._relay.room_count >= limits.rooms:
-                raise ProtocolError("limit_exceeded")
-            return None
-        holder = room.find(peer)
-        if holder is not None:
-            holder.connection.probe()
-            raise ProtocolError("id_taken", after_ms=ID_TAKEN_AFTER_MS)
-        places = min(limits.peers_per_room or len(room) + 1, room.max_peers or len(room) + 1)
-        if len(room) >= places:
-            raise ProtocolError("room_full")
-        return room
+            return  # our last peer there has left, which the owner has not heard yet
+        if word.joined is not None:
+            peer, n = word.joined
+            room.roster[n] = peer
+        room.roster.pop(word.left, None)
+        self._relay.publish(room, bytes(word.text), owner.find_member(word.but))
+
+    def _on_probe(self, owner: Neighbour, word: Probe) -> None:
+        member = owner.find_member(word.n)
+        if member is not None:
+            member.connection.probe()
+
+    def _on_roster(self, owner: Neighbour, word: Roster) -> None:
+        """Over a new link: our peers hear how it differs from what they know."""
+        room = owner.find_room(word.room)
+        if room is None:
+            return
+        before, now = room.roster, {entry.n: entry.peer for entry in word.members}
+        ours = {member.n: member.name for member in room.members}
+        room.roster = now | ours  # those of ours that it has not are about to be told to go
+        room.max_peers = word.max_peers
+        for n, peer in before.items():
+            if n not in room.roster:
+                self._relay.publish(room, protocol.peer_left(word.room, peer, n, "lost"))
+        for entry in word.members:
+            if entry.n not in before:
+                self._relay.publish(room, protocol.peer_joined(word.room, entry.peer, entry.n, entry.meta))
+
+    def _on_gone(self, owner: Neighbour, word: Gone) -> None:
+        for n in word.ns:
+            member = owner.find_member(n)
+            if member is not None:
+                member.connection.send_close(CloseCode.STATE_LOST, "lost")
+
+    def _on_settled(self, owner: Neighbour, word: Settled) -> None:
+        owner.is_open = True
+
+    # ---- rules
 
     def _remove(self, member: Member, reason: str) -> None:
-        room = member.room
+        """At once, wherever the room is."""
+        owner = member.room.owner
+        if owner is None:
+            self.rooms.remove(member, reason)
+            return
         self._relay.remove_member(member)
-        if len(room) and not self.is_ending:
-            payload = protocol.Leaver(n=member.n, reason=reason)
-            news = protocol.PeerLeft(room=room.name, sender=member.name, payload=payload)
-            self._relay.publish(room, news.encode())
+        if not self.rooms.is_ending:
+            owner.say(encode(Leave(member.n, reason)))
 
     def _is_one_too_many(self, connection: Connection) -> bool:
         limit, now = self._limits.errors_per_5s, self._clock()
@@ -202,6 +418,19 @@ class Hub:
             times = connection.context = deque(times, maxlen=limit + 1)
         times.append(now)
         return len(times) > limit and now - times[0] <= ERROR_WINDOW_S
+
+
+def _settle(connection: Connection, peer: str) -> None:
+    """A join succeeded: the connection has its id, and may stay."""
+    if connection.peer is None:
+        connection.identify(peer)
+    connection.settle()
+
+
+def _send_joined(member: Member, others: Iterable[Entry], id: str | None) -> None:
+    peers = [protocol.RosterEntry(sender=other.peer, n=other.n, meta=other.meta) for other in others]
+    payload = protocol.Roster(n=member.n, peers=peers)
+    member.connection.send(protocol.Joined(room=member.room.name, sender=member.name, payload=payload, id=id).encode())
 
 
 def _check_sender(connection: Connection, sender: str | None) -> None:

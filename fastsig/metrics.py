@@ -32,7 +32,10 @@ METRICS: Final = (
     Metric("handshakes_refused_total", "counter", "HTTP requests answered with an error instead of a WebSocket."),
     Metric("rooms", "gauge", "Rooms with somebody in them."),
     Metric("members", "gauge", "Memberships: a peer counts once in each of its rooms."),
+    Metric("remote_members", "gauge", "Those of the members whose room is owned by another worker."),
     Metric("relayed_messages_received_total", "counter", "Offers, answers, candidates, message and x-… of peers."),
+    Metric("relayed_away_total", "counter", "Those of them that went to another worker, the owner of their room."),
+    Metric("relayed_for_others_total", "counter", "Messages of peers of other workers, relayed by this one as owner."),
     Metric("other_messages_received_total", "counter", "All other messages of peers, those refused as bad included."),
     Metric(
         "messages_delivered_total", "counter", "Relayed messages written to a recipient; a broadcast to n counts n."
@@ -42,6 +45,10 @@ METRICS: Final = (
     Metric("sent_bytes_total", "counter", "What the kernel took: frames with their headers, and HTTP answers."),
     Metric("slow_readers_closed_total", "counter", "Connections closed with 4003: they left too much output unread."),
     Metric("unanswered_pings_closed_total", "counter", "Connections closed with 4002: nothing came back to a ping."),
+    Metric("connections_passed_total", "counter", "Connections handed to the owner of their ?room= before the upgrade."),
+    Metric("bus_sent_bytes_total", "counter", "Said to other workers."),
+    Metric("bus_received_bytes_total", "counter", "Heard from other workers."),
+    Metric("links_reset_total", "counter", "Ways to another worker that this one broke off: too much was waiting."),
     Metric("restarts_total", "counter", "Workers started in place of one that had ended."),
 )
 INDEX: Final = {metric.name: index for index, metric in enumerate(METRICS)}

@@ -213,6 +213,16 @@ def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: li
     ).encode()  # fmt: skip
 
 
+def peer_joined(room: str, peer: str, n: int, meta: Raw, trace: str | None = None) -> bytes:
+    """A `peer-joined`."""
+    return PeerJoined(room=room, sender=peer, payload=Newcomer(n=n, meta=meta, trace=trace)).encode()
+
+
+def peer_left(room: str, peer: str, n: int, reason: str) -> bytes:
+    """A `peer-left`."""
+    return PeerLeft(room=room, sender=peer, payload=Leaver(n=n, reason=reason)).encode()
+
+
 def read_hello(payload: bytes | None) -> HelloPayload:
     """Raises ProtocolError `bad_message` or `too_large`."""
     hello = _decode(_HELLO, payload)

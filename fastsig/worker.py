@@ -137,9 +137,9 @@ class Worker:
         _log.warning("supervisor_gone", drain_seconds=seconds)
         self._loop.remove_reader(self._channel.fileno())
         self._is_orphan = True
-        if not self.hub.is_draining and seconds:
+        if not self.hub.rooms.is_draining and seconds:
             self._begin_drain(Drain(seconds, seconds + OVERTIME_S))
-        elif not self.hub.is_draining or not self._is_anybody_here():  # else `_drain_on` sees to the rest
+        elif not self.hub.rooms.is_draining or not self._is_anybody_here():  # else `_drain_on` sees to the rest
             self._end(Stop())
 
     def _end(self, stop: Stop) -> None:
@@ -167,7 +167,7 @@ class Worker:
 
     def _begin_drain(self, drain: Drain) -> None:
         """Once: who is told a time to go is not told another."""
-        if self.hub.is_draining:
+        if self.hub.rooms.is_draining:
             return
         now = time.monotonic()
         self._shut_the_door()
@@ -196,7 +196,7 @@ class Worker:
     def _shut_the_door(self) -> None:
         """Requests are answered still, but nobody becomes a peer from here on: `_leaving` is complete."""
         self.door.is_ready = False
-        self.hub.is_draining = True
+        self.hub.rooms.is_draining = True
         self._leaving = [connection for connection in self.relay.all_connections() if not connection.is_shaking]
 
     def _is_anybody_here(self) -> bool:
@@ -209,7 +209,7 @@ class Worker:
         for server in self._servers:
             server.close()
         self._shut_the_door()
-        self.hub.is_ending = True
+        self.hub.rooms.is_ending = True
         for connection in self._leaving:
             connection.send_close(CloseCode(stop.code))
         until = time.monotonic() + GOODBYE_S

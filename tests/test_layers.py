@@ -13,8 +13,8 @@ LAYERS = (
     ("core", "_relay"),
     ("pure", "protocol routing limits sessions auth turn"),
     ("seen", "metrics tracing logs"),
-    ("ports", "store bus"),
-    ("domain", "hub"),
+    ("ports", "store bus bus_messages"),
+    ("domain", "rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
     ("edge", "connection ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers

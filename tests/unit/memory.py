@@ -63,7 +63,7 @@ class Transport:
         self.sends = 0
         self.accepts: int | None = None
         self.protocol = protocol
-        self.is_shut = self.is_gone = False
+        self.is_shut = self.is_gone = self.is_paused = False
         self._host = host
 
     def get_extra_info(self, name: str, default: object = None) -> object:
@@ -105,6 +105,12 @@ class Edge:
 
     def unblock(self, connection: Connection) -> None:
         self.blocked.remove(connection)
+
+    def pause(self, connection: Connection) -> None:
+        connection.transport.is_paused = True
+
+    def resume(self, connection: Connection) -> None:
+        connection.transport.is_paused = False
 
     def discard(self, connection: Connection) -> None:
         connection.transport.set_protocol(Discard(connection))

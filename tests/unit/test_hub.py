@@ -247,7 +247,7 @@ async def test_joining_twice_is_already_joined(host: Host) -> None:
 
 async def test_no_joins_while_draining(host: Host) -> None:
     a = host.connect()
-    host.hub.is_draining = True
+    host.hub.rooms.is_draining = True
     a.say(type="join", room="r")
     (error,) = a.take()
     assert (error["code"], error["retry"]) == ("draining", True)
@@ -256,7 +256,7 @@ async def test_no_joins_while_draining(host: Host) -> None:
 async def test_close_of_a_drain_is_told_to_those_who_stay(host: Host) -> None:
     one, two = host.join("a"), host.join("b")
     one.take()
-    host.hub.is_draining = True
+    host.hub.rooms.is_draining = True
     room = host.relay.find_room("r")
     assert room is not None
     b = room.find("b")
@@ -272,7 +272,7 @@ async def test_end_of_all_is_told_to_nobody(host: Host) -> None:
     clients = [host.join("a"), host.join("b")]
     for client in clients:
         client.take()
-    host.hub.is_draining = host.hub.is_ending = True
+    host.hub.rooms.is_draining = host.hub.rooms.is_ending = True
     for connection in host.relay.all_connections():
         connection.send_close(CloseCode.GOING_AWAY)
     host.run()

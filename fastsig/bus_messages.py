@@ -1,0 +1,154 @@
+"""What two workers say to each other about members of rooms, as typed structs in JSON.
+
+One of the two is the *home* of a member, it holds the connection; the other is the *owner* of the room, it decides. The
+frames that relayed messages travel in are `_relay`'s; these words go between them, in the same order. A member is named
+by its `n`, which is unique among all members of one owner. JSON text that peers sent or are to see travels as it is.
+
+Pure: `hub` says when each is said. Also the bus of another engine carries just these.
+"""
+
+from typing import Final
+
+import msgspec
+from msgspec import Raw, Struct
+
+
+class Join(Struct, tag="join", frozen=True):
+    """Home to owner: may this peer become a member? `request` is the home's number for it."""
+
+    request: int
+    room: str
+    peer: str
+    meta: Raw
+    max_peers: int | None = None
+    trace: str | None = None
+
+
+class Withdraw(Struct, tag="withdraw", frozen=True):
+    """Home to owner: the peer of that request is gone. When it was decided already the answer brings a `Leave`."""
+
+    request: int
+
+
+class Entry(Struct, frozen=True, array_like=True):
+    """One member as a roster has it."""
+
+    peer: str
+    n: int
+    meta: Raw
+
+
+class Admitted(Struct, tag="admitted", frozen=True):
+    """Owner to home: it is a member from here on, and what comes for the room behind this is for it too.
+
+    `roster`: the other members, oldest first.
+    """
+
+    request: int
+    room: str
+    n: int
+    roster: list[Entry]
+    max_peers: int | None = None
+
+
+class Refused(Struct, tag="refused", frozen=True):
+    """Owner to home: the join was refused, with this code of the catalogue."""
+
+    request: int
+    code: str
+    after_ms: int | None = None
+
+
+class Leave(Struct, tag="leave", frozen=True):
+    """Home to owner: the member left, for a reason of PROTOCOL's `peer-left`; at home it is gone already."""
+
+    n: int
+    reason: str
+
+
+class Update(Struct, tag="update", frozen=True):
+    """Home to owner: the member's new metadata."""
+
+    n: int
+    meta: Raw
+
+
+class News(Struct, tag="news", frozen=True):
+    """Owner to home: `text` is for all members of the room that are at home there, but `but`.
+
+    `joined`: who is new on the roster by this; `left`: whose `n` is off it.
+    """
+
+    room: str
+    text: Raw
+    but: int = 0
+    joined: tuple[str, int] | None = None
+    left: int = 0
+
+
+class Probe(Struct, tag="probe", frozen=True):
+    """Owner to home: somebody wants the name of this member; is its connection alive?"""
+
+    n: int
+
+
+class Announce(Struct, tag="announce", frozen=True):
+    """Home to owner, over a new link: these members of its own were in this room when the old one was lost."""
+
+    room: str
+    members: list[Entry]
+    max_peers: int | None = None
+
+
+class Done(Struct, tag="done", frozen=True):
+    """Home to owner: all is announced."""
+
+
+class Roster(Struct, tag="roster", frozen=True):
+    """Owner to home, after `Done`: who is in this room now."""
+
+    room: str
+    members: list[Entry]
+    max_peers: int | None = None
+
+
+class Gone(Struct, tag="gone", frozen=True):
+    """Owner to home: these of the announced are not members (any more); their connections end with 4006."""
+
+    ns: list[int]
+
+
+class Settled(Struct, tag="settled", frozen=True):
+    """Owner to home, after its rosters: relays may go."""
+
+
+class Offer(Struct, tag="offer", frozen=True):
+    """With the descriptor of a connection whose room the other owns: will you serve it? `data` was read from it."""
+
+    request: int
+    data: bytes
+
+
+class Accept(Struct, tag="accept", frozen=True):
+    """I will, or not. Untouched until `Confirm`: at no time do two processes read one connection."""
+
+    request: int
+    is_willing: bool
+
+
+class Confirm(Struct, tag="confirm", frozen=True):
+    """It is yours; or, when that answer came too late, it is not."""
+
+    request: int
+    is_yours: bool
+
+
+Membership = (
+    Join | Withdraw | Admitted | Refused | Leave | Update | News | Probe | Announce | Done | Roster | Gone | Settled
+)
+Passing = Offer | Accept | Confirm
+Word = Membership | Passing
+
+_DECODER: Final = msgspec.json.Decoder(Word)
+encode: Final = msgspec.json.Encoder().encode
+decode: Final = _DECODER.decode

@@ -1,0 +1,239 @@
+"""What the owner of rooms decides: who is let in, what the others of a room hear, what is left of it after a loss.
+
+A member's connection is here or with another worker (a guest), whose words it hears and answers (`bus_messages`). Must
+not know what peers say and how they are answered: that is `hub`'s, and so is everything about rooms owned elsewhere.
+
+Invariants
+- A roster changes in the same step in which the others are told.
+- While `is_gathering` nobody is let in and nobody hears anything: the members that an earlier life of this slot had are
+  announced by their homes, which get the whole rosters afterwards and tell their peers the difference.
+- A member keeps its `n` over the loss of its owner or of the way to it; a home that announces it too late for that,
+  when the others were told that it is lost, is told to let it go.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, NamedTuple
+
+from msgspec import Raw
+
+from . import protocol, routing
+from ._relay import Connection, Member, Neighbour, Relay, Room
+from .bus_messages import (
+    Admitted,
+    Announce,
+    Done,
+    Entry,
+    Gone,
+    Join,
+    Leave,
+    News,
+    Probe,
+    Refused,
+    Roster,
+    Settled,
+    Update,
+    Withdraw,
+    encode,
+)
+from .config import Limits
+from .errors import ProtocolError
+from .routing import Address
+
+ID_TAKEN_AFTER_MS: Final = 6000  # PROTOCOL §3.2: by then the probe of the older connection has ended
+
+
+class _Held(NamedTuple):
+    """A join that waits until all is gathered; `home` and `request` are those of a guest."""
+
+    proceed: Callable[[], None]
+    home: Neighbour | None = None
+    request: int = 0
+
+
+class Rooms:
+    """The rooms of one worker. `generation` is its slot's: the ordinals of an earlier life are all smaller."""
+
+    def __init__(self, relay: Relay, limits: Limits, *, generation: int) -> None:
+        self.limits = limits
+        self.is_gathering = False
+        self.is_draining = False  # no more joins
+        self.is_ending = False  # everybody goes at once: nobody is told about the others (n² messages)
+        self.words: Final[dict[type, Callable[[Neighbour, Any], None]]] = {
+            Join: self._on_join,
+            Withdraw: self._on_withdraw,
+            Leave: self._on_leave,
+            Update: self._on_update,
+            Announce: self._on_announce,
+            Done: self._on_done,
+        }
+        self._relay = relay
+        self._ordinals = routing.ordinals(generation)
+        self._awaited: set[Address] = set()  # while gathering: who has not announced all yet
+        self._announced: list[Neighbour] = []  # while gathering: who has
+        self._held: list[_Held] = []
+        self._met: set[tuple[Address, int]] = set()  # the lives of workers that a link was settled with
+
+    def gather(self, neighbours: Iterable[Address]) -> None:
+        """A new life: wait for what these announce, until all have or `end_gathering` says that it was long enough."""
+        self._awaited = set(neighbours)
+        self.is_gathering = bool(self._awaited)
+
+    def hold(self, proceed: Callable[[], None]) -> None:
+        """While gathering: call this when it is over."""
+        self._held.append(_Held(proceed))
+
+    def end_gathering(self) -> None:
+        """From here on the rosters are what they are. Idempotent."""
+        if not self.is_gathering:
+            return
+        self.is_gathering = False
+        self._awaited.clear()
+        for home in self._announced:
+            self._settle(home)
+        self._announced.clear()
+        held, self._held = self._held, []
+        for one in held:
+            one.proceed()
+
+    def check(self, name: str, peer: str) -> None:
+        """May `peer` become a member? Raises ProtocolError."""
+        room = self._relay.find_room(name)
+        if room is None:
+            if self.limits.rooms and self._relay.room_count >= self.limits.rooms:
+                raise ProtocolError("limit_exceeded")
+            return
+        holder = room.find(peer)
+        if holder is not None:
+            _probe(holder)
+            raise ProtocolError("id_taken", after_ms=ID_TAKEN_AFTER_MS)
+        places = min(self.limits.peers_per_room or len(room) + 1, room.max_peers or len(room) + 1)
+        if len(room) >= places:
+            raise ProtocolError("room_full")
+
+    def add(self, join: Join, connection: Connection) -> Member:
+        """The peer of `connection`, which was checked. `introduce` it once it has heard that it is in."""
+        member = self._relay.add_member(join.room, connection, next(self._ordinals), bytes(join.meta))
+        _first_decides(member, join.max_peers)
+        return member
+
+    def introduce(self, member: Member, trace: str | None = None) -> None:
+        """The others hear of the newcomer."""
+        text = protocol.peer_joined(member.room.name, member.name, member.n, Raw(member.meta), trace)
+        self._publish(member.room, text, but=member, joined=(member.name, member.n))
+
+    def update(self, member: Member, meta: bytes) -> None:
+        """New metadata; the others hear of it."""
+        member.meta = meta
+        payload = protocol.Updated(n=member.n, meta=Raw(meta))
+        text = protocol.PeerUpdated(room=member.room.name, sender=member.name, payload=payload).encode()
+        self._publish(member.room, text, but=member)
+
+    def remove(self, member: Member, reason: str) -> None:
+        """A member less; the others hear why."""
+        room = member.room
+        self._relay.remove_member(member)
+        if len(room) and not (self.is_ending or self.is_gathering):
+            self._publish(room, protocol.peer_left(room.name, member.name, member.n, reason), left=member.n)
+
+    def on_lost(self, home: Neighbour) -> None:
+        """The way to that worker is lost, and so are its peers for all we know."""
+        self._held = [held for held in self._held if held.home is not home]
+        for member in home.guests_here:
+            self.remove(member, "lost")
+        if self.is_gathering:
+            self._awaited.discard(home.address)
+            self._announced = [other for other in self._announced if other is not home]
+            self._end_when_all_have()
+
+    # ---- what the homes of guests say
+
+    def _on_join(self, home: Neighbour, join: Join) -> None:
+        if self.is_gathering:
+            self._held.append(_Held(lambda: self._on_join(home, join), home, join.request))
+            return
+        try:
+            if self.is_draining:
+                raise ProtocolError("draining")
+            self.check(join.room, join.peer)
+        except ProtocolError as refusal:
+            home.say(encode(Refused(join.request, refusal.entry.code, refusal.after_ms)))
+            return
+        member = self._relay.add_guest(join.room, home, join.peer, next(self._ordinals), bytes(join.meta))
+        _first_decides(member, join.max_peers)
+        others = entries(other for other in member.room.members if other is not member)
+        home.say(encode(Admitted(join.request, join.room, member.n, others, member.room.max_peers)))
+        self.introduce(member, join.trace)
+
+    def _on_withdraw(self, home: Neighbour, word: Withdraw) -> None:
+        self._held = [held for held in self._held if (held.home, held.request) != (home, word.request)]
+
+    def _on_leave(self, home: Neighbour, word: Leave) -> None:
+        member = home.find_guest(word.n)
+        if member is not None:
+            self.remove(member, word.reason)
+
+    def _on_update(self, home: Neighbour, word: Update) -> None:
+        member = home.find_guest(word.n)
+        if member is not None:
+            self.update(member, bytes(word.meta))
+
+    def _on_announce(self, home: Neighbour, word: Announce) -> None:
+        is_in_time = self.is_gathering or (home.address, home.link.generation) in self._met
+        gone = [entry.n for entry in word.members if not (is_in_time and self._take_back(home, word, entry))]
+        if gone:
+            home.say(encode(Gone(gone)))
+
+    def _take_back(self, home: Neighbour, word: Announce, entry: Entry) -> bool:
+        """False when another peer has taken its name since."""
+        room = self._relay.find_room(word.room)
+        if home.find_guest(entry.n) is not None or (room is not None and room.find(entry.peer) is not None):
+            return False
+        member = self._relay.add_guest(word.room, home, entry.peer, entry.n, bytes(entry.meta))
+        _first_decides(member, word.max_peers)
+        if not self.is_gathering:
+            self.introduce(member)
+        return True
+
+    def _on_done(self, home: Neighbour, word: Done) -> None:
+        if self.is_gathering:
+            self._awaited.discard(home.address)
+            self._announced.append(home)
+            self._end_when_all_have()
+        else:
+            self._settle(home)
+
+    def _end_when_all_have(self) -> None:
+        if not self._awaited:
+            self.end_gathering()
+
+    def _settle(self, home: Neighbour) -> None:
+        """It hears the rosters of all rooms with a peer of its own, then that relays may go."""
+        self._met.add((home.address, home.link.generation))
+        for room in {member.room for member in home.guests_here}:
+            home.say(encode(Roster(room.name, entries(room.members), room.max_peers)))
+        home.say(encode(Settled()))
+
+    def _publish(self, room: Room, text: bytes, *, but: Member | None = None, joined: tuple[str, int] | None = None,
+                 left: int = 0) -> None:  # fmt: skip
+        word = None
+        if room.guests:
+            word = encode(News(room.name, Raw(text), 0 if but is None else but.n, joined, left))
+        self._relay.publish(room, text, but, word)
+
+
+def entries(members: Iterable[Member]) -> list[Entry]:
+    """As a word has them."""
+    return [Entry(member.name, member.n, Raw(member.meta)) for member in members]
+
+
+def _first_decides(member: Member, max_peers: int | None) -> None:
+    """`max_peers` counts only from the one who makes the room."""
+    if len(member.room) == 1:
+        member.room.max_peers = max_peers
+
+
+def _probe(holder: Member) -> None:
+    if holder.connection is not None:
+        holder.connection.probe()
+    elif holder.home is not None:
+        holder.home.say(encode(Probe(holder.n)))
