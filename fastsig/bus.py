@@ -10,8 +10,8 @@ The contract, for every implementation:
 - *One life after the other.* In the receiver's eyes there is at most one link to an address. A newer one is announced
   when the older was read to its end and its `on_lost` has returned, however long that takes. If several wait, the one
   that came last counts; the others are closed unseen. One whose other end is gone by then is announced, then lost.
-- *From the loop only.* A receiver is never called from within `send`, `close` or whatever makes links. What it raises is
-  a bug, and goes to the loop's exception handler; the link goes on with the next packet.
+- *From the loop only.* A receiver is never called from within `send`, `close` or whatever makes links. What it raises
+  is a bug, and goes to the loop's exception handler; the link goes on with the next packet.
 
 All calls are of one thread. A receiver may call `send` and `close`, of any link, from within any of its methods.
 `bus_mesh` is the implementation for the workers of one host.
@@ -113,7 +113,7 @@ class InProcess:
     """
 
     def __init__(self, call_soon: Callable[..., Any]) -> None:
-        self._call_soon = call_soon
+        self.call_soon: Final = call_soon
         self._links: dict[tuple[int, Address], TwinLink] = {}  # by receiver and whom it reaches: announced, not lost
         self._waiting: dict[tuple[int, Address], TwinLink] = {}
         self._serial = 0
@@ -125,9 +125,7 @@ class InProcess:
         refused, sending waits until three quarters of it are free (the mesh's sockets behave likewise).
         """
         self._serial += 1
-        ends = tuple(
-            TwinLink(self, other[:2], self._serial, worker[2], capacity) for worker, other in ((a, b), (b, a))
-        )
+        ends = tuple(TwinLink(self, other[:2], self._serial, worker[2], capacity) for worker, other in ((a, b), (b, a)))
         for end, other in (ends, ends[::-1]):
             end.other = other
         for end in ends:
@@ -136,7 +134,7 @@ class InProcess:
                 replaced.discard()
             self._waiting[end.key] = end
             if end.key not in self._links:
-                self._call_soon(self._announce, end.key)
+                self.call_soon(self._announce, end.key)
         return ends[0], ends[1]
 
     def sever(self, pair: tuple["TwinLink", "TwinLink"]) -> None:
@@ -152,12 +150,13 @@ class InProcess:
             self._links[key] = link
             link.begin()
 
-    def _lose(self, link: "TwinLink") -> None:
+    def lose(self, link: "TwinLink") -> None:
+        """Called by way of `call_soon`, once for a link that was announced."""
         try:
             link.receiver.on_lost(link)
         finally:
             del self._links[link.key]
-            self._call_soon(self._announce, link.key)
+            self.call_soon(self._announce, link.key)
 
 
 class TwinLink:
@@ -177,8 +176,8 @@ class TwinLink:
         self._capacity = capacity
         self._inbox: deque[tuple[bytes, list[int]]] = deque()
         self._inbox_bytes = 0
-        self._is_announced = self._is_cut = self._is_over = False
-        self._is_refusing = False
+        self._is_announced = self._is_awake = self._is_cut = self._is_over = False
+        self._is_refusing = self._is_resuming = False
 
     def __repr__(self) -> str:
         return f"<TwinLink {self.serial} to {self.address.node}:{self.address.slot} generation {self.generation}>"
@@ -187,40 +186,43 @@ class TwinLink:
         """See `Link.send`."""
         check_packet(self, packet, fds)
         self._expect_announced()
-        other = self.other
-        if self._is_over or self._is_cut or other._is_over:
+        if self._is_over or self._is_cut:
             return True
-        if self._is_refusing or (other._inbox and other._inbox_bytes + len(packet) > self._capacity):
-            self._is_refusing = True
-            return False
-        other._inbox.append((packet, _duplicates(fds)))
-        other._inbox_bytes += len(packet)
-        if other._is_announced:
-            self._bus._call_soon(other._deliver)
-        return True
+        self._is_refusing = self._is_refusing or not self.other.put(packet, fds)
+        return not self._is_refusing
 
     def close(self) -> None:
         """See `Link.close`."""
         self._expect_announced()
         if not self._is_over:
             self.discard()
-            self._bus._call_soon(self._bus._lose, self)
+            self._bus.call_soon(self._bus.lose, self)
 
     def begin(self) -> None:
         """Announce it; what it got before follows."""
         self._is_announced = True
-        for _ in self._inbox:
-            self._bus._call_soon(self._deliver)
-        if self._is_cut:
-            self._bus._call_soon(self._end)
+        self._wake()
         self.receiver.on_link(self)
+
+    def put(self, packet: bytes, fds: Sequence[int]) -> bool:
+        """Called by the other end: to be delivered here, unless there is no room for it (False)."""
+        if self._inbox and self._inbox_bytes + len(packet) > self._capacity:
+            return False
+        self._inbox.append((packet, _duplicates(fds)))
+        self._inbox_bytes += len(packet)
+        self._wake()
+        return True
+
+    def resume(self) -> None:
+        """Called by the other end: there is room again."""
+        if self._is_refusing and not self._is_resuming:
+            self._is_resuming = True
+            self._bus.call_soon(self._resume)
 
     def cut(self) -> None:
         """The other end is gone: this one ends behind what is in its inbox."""
-        if not self._is_over and not self._is_cut:
-            self._is_cut = True
-            if self._is_announced:
-                self._bus._call_soon(self._end)
+        self._is_cut = True
+        self._wake()
 
     def discard(self) -> None:
         """Over at once, without a word to the receiver; what nobody will read is dropped."""
@@ -235,25 +237,34 @@ class TwinLink:
         if not self._is_announced:
             raise InvariantError(f"{self} is used before it was announced")
 
-    def _deliver(self) -> None:
+    def _wake(self) -> None:
+        if self._is_announced and not self._is_awake:
+            self._is_awake = True
+            self._bus.call_soon(self._step)
+
+    def _step(self) -> None:
+        """The next packet, or the end."""
+        self._is_awake = False
         if self._is_over:
+            return
+        if not self._inbox:
+            if self._is_cut:
+                self.discard()
+                self._bus.lose(self)
             return
         packet, fds = self._inbox.popleft()
         self._inbox_bytes -= len(packet)
-        if self._inbox_bytes * 4 <= self._capacity and self.other._is_refusing:
-            self._bus._call_soon(self.other._resume)
+        if self._inbox_bytes * 4 <= self._capacity:
+            self.other.resume()
+        if self._inbox or self._is_cut:
+            self._wake()
         with memoryview(packet) as view:
             self.receiver.on_packet(self, view, fds)
 
     def _resume(self) -> None:
-        if self._is_refusing and not self._is_over:
-            self._is_refusing = False
-            self.receiver.on_writable(self)
-
-    def _end(self) -> None:
+        self._is_refusing = self._is_resuming = False
         if not self._is_over:
-            self.discard()
-            self._bus._lose(self)
+            self.receiver.on_writable(self)
 
 
 def _duplicates(fds: Sequence[int]) -> list[int]:
