@@ -133,8 +133,7 @@ class InProcess:
             if replaced is not None:
                 replaced.discard()
             self._waiting[end.key] = end
-            if end.key not in self._links:
-                self.call_soon(self._announce, end.key)
+            self.call_soon(self._announce, end.key)
         return ends[0], ends[1]
 
     def sever(self, pair: tuple["TwinLink", "TwinLink"]) -> None:
@@ -176,8 +175,7 @@ class TwinLink:
         self._capacity = capacity
         self._inbox: deque[tuple[bytes, list[int]]] = deque()
         self._inbox_bytes = 0
-        self._is_announced = self._is_awake = self._is_cut = self._is_over = False
-        self._is_refusing = self._is_resuming = False
+        self._is_announced = self._is_awake = self._is_cut = self._is_over = self._is_refusing = False
 
     def __repr__(self) -> str:
         return f"<TwinLink {self.serial} to {self.address.node}:{self.address.slot} generation {self.generation}>"
@@ -215,8 +213,7 @@ class TwinLink:
 
     def resume(self) -> None:
         """Called by the other end: there is room again."""
-        if self._is_refusing and not self._is_resuming:
-            self._is_resuming = True
+        if self._is_refusing:
             self._bus.call_soon(self._resume)
 
     def cut(self) -> None:
@@ -255,14 +252,14 @@ class TwinLink:
         packet, fds = self._inbox.popleft()
         self._inbox_bytes -= len(packet)
         if self._inbox_bytes * 4 <= self._capacity:
-            self.other.resume()
+            self.other.resume()  # ahead of the next step, which could say so again
         if self._inbox or self._is_cut:
             self._wake()
         with memoryview(packet) as view:
             self.receiver.on_packet(self, view, fds)
 
     def _resume(self) -> None:
-        self._is_refusing = self._is_resuming = False
+        self._is_refusing = False
         if not self._is_over:
             self.receiver.on_writable(self)
 

@@ -30,7 +30,10 @@ from .errors import StartError
 from .routing import Address
 
 RETRY_S: Final = 0.01  # after a refusal whose end no poll reports
-BUFFER_BYTES: Final = PACKET_BYTES + 32  # the kernel refuses (EMSGSIZE) what is longer than its send buffer less 32
+LEAST_BUFFER_BYTES: Final = PACKET_BYTES + 32  # of a shorter send buffer the kernel says EMSGSIZE to a packet
+# What is asked for; the kernel doubles it, and gives at most twice net.core.wmem_max (212,992 as a rule). Measured
+# against its default of 212,992 in all: 8 KiB packets 5.8 -> 4.7 µs, packets of 128 KiB 52 -> 16 µs.
+BUFFER_BYTES: Final = 2 * PACKET_BYTES
 
 _SEND_FLAGS: Final = socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT
 _RECEIVE_FLAGS: Final = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
@@ -70,8 +73,7 @@ class Mesh:
         if replaced is not None:
             replaced.shut()
         self._waiting[address] = MeshLink(self, address, generation, serial, end)
-        if address not in self._links:
-            self.loop.call_soon(self._announce, address)
+        self.loop.call_soon(self._announce, address)
 
     def close(self) -> None:
         """Reset all links; the receiver is not called any more, not even for their loss. Idempotent."""
@@ -238,11 +240,11 @@ def _prepare(end: socket.socket) -> None:
     """Raises StartError."""
     end.setblocking(False)
     end.set_inheritable(False)
-    if end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < BUFFER_BYTES:
+    if end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) < 2 * BUFFER_BYTES:
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
-        size = end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
-        if size < BUFFER_BYTES:
-            raise StartError(f"send buffers of {size} bytes, expected {BUFFER_BYTES}: raise net.core.wmem_max")
+    size = end.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+    if size < LEAST_BUFFER_BYTES:
+        raise StartError(f"send buffers of {size} bytes, expected {LEAST_BUFFER_BYTES}: raise net.core.wmem_max")
 
 
 def _descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:

@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 
 from fastsig.bus import PACKET_BYTES, PACKET_DESCRIPTORS, PACKETS_PER_TURN, InProcess, Link
-from fastsig.bus_mesh import Mesh
+from fastsig.bus_mesh import RETRY_S, Mesh
 from fastsig.errors import InvariantError, StartError
 from fastsig.routing import Address
 
@@ -635,6 +635,7 @@ async def test_reset_that_sending_finds_out_in_the_same_turn_as_the_loop(meshes:
     ours, signaller = pair()
     asyncio.get_running_loop().add_reader(ours, lambda: ours.recv(9) and a.link.send(b"takes the error away"))
     assert a.link.send(b"never read")
+    await turns(3)  # both are watched by now, so that the signal comes before the reset
     signaller.send(b"now")
     child_that_sends_and_is_killed(theirs)
     await until(lambda: bool(a.count("lost")))
@@ -668,6 +669,7 @@ async def test_socket_that_is_reported_writable_takes_the_longest_packet(meshes:
             assert reads < sent, "never told"
             theirs.recv(PACKET_BYTES)
             reads += 1
+            assert not a.link.send(b"x"), "it could be taken now, ahead of what was refused"
             await turns(3)
         print(f"{size} bytes: {sent} fit, writable after {reads} were read")
         assert a.link.send(bytes(PACKET_BYTES))
@@ -699,11 +701,14 @@ async def test_closed_link_forgets_what_it_wanted_to_try_again(meshes: Meshes) -
         def send(self, data: Any, flags: int = 0, /) -> int:
             raise OSError(errno.ENOBUFS, "no")
 
+    raised: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: raised.append(context))
     a, theirs = await raw_link(meshes, Short)
     with theirs:
         assert not a.link.send(b"x")
         a.link.close()
-        await asyncio.sleep(0.05)  # five times as long as it waits
+        await asyncio.sleep(5 * RETRY_S)
+    assert not raised
     assert [what for what, *_ in a.events] == ["link", "lost"]
 
 
