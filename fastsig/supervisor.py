@@ -66,7 +66,7 @@ FIRST_RETRY_S: Final = 0.1
 LONGEST_RETRY_S: Final = 5.0
 STOP_S: Final = 10.0  # a worker that is told to end and has not ended after this is killed
 FORCED_STOP_S: Final = 1.0
-LOOK_S: Final = 0.2  # how often it is looked who is silent, and what was put off is tried again
+LOOK_S: Final = 0.125  # how often it is looked who is silent, and what was put off is tried again
 STUCK_S: Final = 1.0  # a worker that is silent for so long does not accept
 REPLACE_S: Final = 10.0  # and after this it is killed
 START_S: Final = 30.0  # a worker that is not ready after this is killed
@@ -166,7 +166,7 @@ class _Slot:
     due_at: float | None = 0.0  # when to start it; None while a worker runs
     started_at: float = 0.0
     silent_s: float = 0.0  # of the time that we listened: since its last heartbeat, or its start while it is not ready
-    retry_s: float = FIRST_RETRY_S  # the delay after the next death that comes too soon
+    retry_s: float = field(default_factory=lambda: FIRST_RETRY_S)  # the delay after the next death that comes too soon
     is_ready: bool = False
     is_launched: bool = False  # has been ready in some generation
     is_empty: bool = False  # drained: nobody is connected to its worker any more

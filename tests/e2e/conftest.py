@@ -86,7 +86,7 @@ def run_with(
 
 
 class Server:
-    """One server: where it listens, what it logs, and its end. One worker, unless WEB_CONCURRENCY or `args` say more."""
+    """One server: where it listens, what it logs, and its end. WEB_CONCURRENCY says how many workers; usually one."""
 
     def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
