@@ -69,6 +69,7 @@ FORCED_STOP_S: Final = 1.0
 LOOK_S: Final = 0.125  # how often it is looked who is silent, and what was put off is tried again
 STUCK_S: Final = 1.0  # a worker that is silent for so long does not accept
 REPLACE_S: Final = 10.0  # and after this it is killed
+STARTING: Final = 8  # workers that start at once: each has a link to all others unread, which the kernel counts
 START_S: Final = 30.0  # a worker that is not ready after this is killed
 ACCEPTS: Final = 16  # in one turn, from one socket of a slot that does not serve
 HANDED: Final = 8  # at most in one message, so that all who serve get some
@@ -189,8 +190,9 @@ class Fleet:
     `on_heartbeat` in between. A look that comes late adds no more than one in time: whoever calls it was not listening.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, at_once: int = STARTING) -> None:
         self._slots = [_Slot() for _ in range(slots)]
+        self._at_once = at_once
         self._looked_at: float | None = None
         self._has_served = False  # all were ready once
         self.is_stopping = False
@@ -212,10 +214,14 @@ class Fleet:
         return all(slot.is_ready for slot in self._slots)
 
     def starts(self, now: float) -> list[Start]:
-        """What is due. Each Start is given once, and counts as a running worker until `on_death`."""
-        starts = []
+        """What is due. Each Start is given once, and counts as a running worker until `on_death`.
+
+        While so many of them are not ready yet, the others wait: look again after `on_ready` and `on_death`.
+        """
+        starts: list[Start] = []
+        free = self._free_starts
         for number, slot in enumerate(self._slots):
-            if not self.is_stopping and slot.due_at is not None and slot.due_at <= now:
+            if not self.is_stopping and slot.due_at is not None and slot.due_at <= now and len(starts) < free:
                 slot.generation += 1
                 slot.started_at = now
                 slot.silent_s = 0.0
@@ -225,9 +231,13 @@ class Fleet:
         return starts
 
     def wake_at(self) -> float | None:
-        """When `starts` will have something next; None when nothing is planned."""
+        """When `starts` will have something next; None when nothing is planned, or what is waits for others."""
         planned = [slot.due_at for slot in self._slots if slot.due_at is not None]
-        return None if self.is_stopping else min(planned, default=None)
+        return None if self.is_stopping or self._free_starts <= 0 else min(planned, default=None)
+
+    @property
+    def _free_starts(self) -> int:
+        return self._at_once - sum(slot.due_at is None and not slot.is_ready for slot in self._slots)
 
     def on_ready(self, slot: int, now: float) -> float:
         """The worker of `slot` accepts connections. Returns how many seconds after its start."""
@@ -550,9 +560,10 @@ class Supervisor:
         self._fleet = Fleet(len(listeners))
         self._workers: dict[int, _Worker] = {}
         self._view = View(1, secrets.token_bytes(KEY_BYTES), {"": tuple(range(len(listeners)))})
-        self._links: dict[tuple[int, int], int] = {}  # by the two slots, lower first: the serial of the newest
+        # By the two slots, lower first: the serial of the newest link, and when it was made.
+        self._links: dict[tuple[int, int], tuple[int, float]] = {}
         self._serials = itertools.count(1)
-        self._unlinked: set[tuple[int, int]] = set()  # a link was asked for that could not be made
+        self._unlinked: set[tuple[int, int]] = set()  # those that are to be given a new one at the next look
         self._deputy = _Deputy(listeners, self._give)
         self._turn = 0  # who was handed connections last
         self._cpus = cpus.usable()
@@ -678,14 +689,21 @@ class Supervisor:
             self._unlinked.add((lower, higher))
             return
         self._unlinked.discard((lower, higher))
-        serial = self._links[lower, higher] = next(self._serials)
+        serial = next(self._serials)
+        self._links[lower, higher] = serial, time.monotonic()
         one.outbox.send(Link(higher, other.generation, serial, [ends[0]]))
         other.outbox.send(Link(lower, one.generation, serial, [ends[1]]))
 
     def _handle_unlinked(self, worker: _Worker, slot: int, serial: int) -> None:
-        """Both ends ask: the first to do so has the number of the newest link, the second has that of an older one."""
+        """Both ends ask: the first to do so has the number of the newest link, the second has that of an older one.
+
+        One that had only just been made is replaced a moment later: two that ask all the time are no load.
+        """
         ends = _in_order(worker.slot, slot)
-        if self._links.get(ends) == serial:
+        newest, made_at = self._links.get(ends, (None, 0.0))
+        if newest == serial and time.monotonic() - made_at < LOOK_S:
+            self._unlinked.add(ends)
+        elif newest == serial:
             self._link(*ends)
 
     # Start
@@ -740,7 +758,7 @@ class Supervisor:
             undo.pop_all()
         worker = _Worker(start.slot, start.generation, process, channel, outbox, pidfd)
         for other, link in zip(others, links, strict=True):
-            self._links[_in_order(start.slot, other.slot)] = link.serial
+            self._links[_in_order(start.slot, other.slot)] = link.serial, time.monotonic()
             other.outbox.send(link)
         self._pin(worker)
         return worker
@@ -802,6 +820,8 @@ class Supervisor:
             case Unlinked(slot, serial):
                 self._handle_unlinked(worker, slot, serial)
             case _:  # a worker that cannot be understood cannot be told to stop either
+                if not isinstance(message, ControlError):
+                    control.close_all(control.descriptors(message))
                 worker.log.error("worker_unknown_message", reason=str(message))
                 worker.process.kill()
 
@@ -828,7 +848,8 @@ class Supervisor:
 
     def _handle_end(self, worker: _Worker) -> None:
         del self._workers[worker.slot]
-        self._links = {slots: serial for slots, serial in self._links.items() if worker.slot not in slots}
+        self._links = {slots: newest for slots, newest in self._links.items() if worker.slot not in slots}
+        self._unlinked = {slots for slots in self._unlinked if worker.slot not in slots}
         status = worker.close()
         self._counters.zero_gauges(worker.slot)
         words = f"signal {_signal_name(-status)}" if status < 0 else f"code {status}"

@@ -175,6 +175,15 @@ def test_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
+def test_descriptors_that_a_worker_sends_are_not_kept(fleet: Callable[..., "Fleet"]) -> None:
+    made = fleet(slots=2, special="def on_reload(): channel.send(Hand([0] * 8)) if boot.generation == 1 else None")
+    before = _descriptors(made.process.pid)
+    made.process.send_signal(signal.SIGHUP)
+    made.wait_for(2, "worker_unknown_message")
+    made.wait_for(2, "worker_ready")
+    assert _descriptors(made.process.pid) == before
+
+
 def test_stop_during_the_start_is_clean(tmp_path: Path) -> None:
     process = run_with(
         tmp_path,

@@ -50,6 +50,30 @@ def test_every_slot_is_started_once_at_first() -> None:
     assert fleet.wake_at() is None
 
 
+def test_no_more_than_some_workers_start_at_once() -> None:
+    fleet = Fleet(5, at_once=2)
+    assert fleet.starts(NOW) == [Start(0, 1), Start(1, 1)]
+    assert (fleet.starts(NOW), fleet.wake_at()) == ([], None), "nothing is due before one of them is ready"
+    fleet.on_ready(0, NOW + 1)
+    assert fleet.wake_at() is not None
+    assert fleet.starts(NOW + 1) == [Start(2, 1)]
+    fleet.on_ready(1, NOW + 2)
+    fleet.on_ready(2, NOW + 2)
+    assert fleet.starts(NOW + 2) == [Start(3, 1), Start(4, 1)]
+
+
+def test_worker_that_dies_while_it_starts_makes_room_for_another() -> None:
+    fleet = Fleet(3, at_once=1)
+    for slot in range(3):
+        assert fleet.starts(NOW) == [Start(slot, 1)]
+        fleet.on_ready(slot, NOW)
+    for slot in range(3):
+        fleet.on_death(slot, "code 1", NOW + SETTLED_S)
+    assert fleet.starts(NOW + SETTLED_S) == [Start(0, 2)]
+    fleet.on_death(0, "code 1", NOW + SETTLED_S)
+    assert fleet.starts(NOW + SETTLED_S) == [Start(1, 2)]
+
+
 def test_fleet_is_ready_when_all_its_workers_are() -> None:
     fleet = Fleet(2)
     fleet.starts(NOW)
