@@ -8,6 +8,7 @@ The options themselves are in `config`; read `supervisor` next for what `serve` 
 """
 
 import os
+import signal
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -48,6 +49,11 @@ from .config import (
 from .errors import ConfigError, ExitCode, StartError
 
 HEALTH_TIMEOUT_S: Final = 3.0
+_HEARD: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+)  # as in `supervisor`, which is imported late
 
 _SHORT: Final = {"server.host": "--host", "server.port": "--port", "server.workers": "--workers"}
 _DEV: Final[dict[str, Any]] = {"server.host": "localhost", "log.level": "debug", "demo.enabled": True}
@@ -220,6 +226,7 @@ app.command(config_app)
 @app.command
 def serve(*, given: Given = _NOTHING) -> ExitCode | int:
     """Serve until told to stop (also what fastsig does without a command)."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)  # until the supervisor handles them: a TERM now is an orderly end
     config = _settle(given)
     from .supervisor import run  # noqa: PLC0415 # what the other commands never need
 

@@ -75,7 +75,9 @@ class Server:
         "Worker processes; auto is one per usable core. WEB_CONCURRENCY sets the default.",
         least=1,
         most=1024,
+        has_effect=True,
     )
+    pin_workers: bool = _option(False, "Keep each worker on one CPU, one after the other.", has_effect=True)
     backlog: int = _option(
         4096, "Connections that may wait to be accepted, per listening socket.", least=1, most=65535, has_effect=True
     )
@@ -599,7 +601,8 @@ messages_per_s = 100
 ```
 
 - An empty variable counts as unset. Lists in flags and variables are words with spaces between, or a JSON list.
-- `WEB_CONCURRENCY` is the default of `server.workers`.
+- `WEB_CONCURRENCY` is the default of `server.workers`. `auto` counts the CPUs that the process may run on (its
+  affinity) and takes no more than the CPU quota of its control groups allows, rounded down; at least one.
 - `--dev` stands for `--server.host localhost --log.level debug --demo.enabled`; a flag beside it wins over it.
 - An unknown key in the file is refused, with exit code 2. An unknown `FASTSIG_…` variable is listed by
   `fastsig config check`, which fails with `--strict`. `fastsig config print` shows what is in effect, and where from.

@@ -1,11 +1,14 @@
 """The supervisor: opens the listening sockets, executes the workers, replaces those that die, ends them all.
 
-`Fleet` decides and does nothing; `Supervisor` does and decides nothing; `listen` is the address book. What happens (a
-signal, a message, a death) is only queued where it is noticed, and handled one by one by `Supervisor.run`.
+`Fleet` decides and does nothing; `Supervisor` does and decides nothing; `_Deputy` accepts where a slot does not, and
+`listen` is the address book. What happens (a signal, a message, a death) is only queued where it is noticed, and
+handled one by one by `Supervisor.run`.
 
 Invariants: the listening sockets stay open here while the server lives, so what a dead worker had not accepted waits
-for its successor. A worker's end of its control channel is open in that worker alone: each side sees the other's end.
+for its successor, or is handed to the others. A worker's end of its control channel, or of a link, is open in that
+worker alone: each side sees the other's end. Between two workers the newest link holds; all of them were made here.
 No worker is told to end before all are empty, or the drain's deadline has come: the rooms of one may need another.
+A worker's silence counts only while we listened: when this process itself was stopped or starved, nobody is killed.
 Must not know: what a worker does; it is executed, never imported. Read `control` for what the two say to each other.
 """
 
@@ -13,20 +16,24 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import itertools
 import os
+import resource
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import uvloop
 
-from . import __version__, config as options, control, logs, systemd
+from . import __version__, config as options, control, cpus, logs, systemd
 from .config import Config
 from .control import (
     NOTHING,
@@ -36,16 +43,20 @@ from .control import (
     ControlError,
     Drain,
     Failed,
+    Hand,
     Heartbeat,
+    Link,
     Message,
     Ready,
     Reload,
     Stop,
     Stopped,
     ToWorker,
+    Unlinked,
 )
 from .errors import ConfigError, ExitCode, StartError
 from .metrics import Counters
+from .routing import KEY_BYTES, View
 from .status import Service, Status, UnusableError, WorkerStatus, folder, read_process
 
 _log = logs.get("fastsig.supervisor")
@@ -55,8 +66,19 @@ FIRST_RETRY_S: Final = 0.1
 LONGEST_RETRY_S: Final = 5.0
 STOP_S: Final = 10.0  # a worker that is told to end and has not ended after this is killed
 FORCED_STOP_S: Final = 1.0
+LOOK_S: Final = 0.125  # how often it is looked who is silent, and what was put off is tried again
+STUCK_S: Final = 1.0  # a worker that is silent for so long does not accept
+REPLACE_S: Final = 10.0  # and after this it is killed
+STARTING: Final = 8  # workers that start at once: each has a link to all others unread, which the kernel counts
+START_S: Final = 30.0  # a worker that is not ready after this is killed
+ACCEPTS: Final = 16  # in one turn, from one socket of a slot that does not serve
+HANDED: Final = 8  # at most in one message, so that all who serve get some
+IN_HAND: Final = 64  # connections that are accepted, and not with a worker yet
+IN_HAND_S: Final = 5.0
+SPARE_DESCRIPTORS: Final = 128  # those in hand, and whatever else comes up while the server runs
 PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
+HEARD: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: str = WORKER) -> ExitCode:
@@ -64,12 +86,15 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
 
     `reload` gives the configuration as it is to be after SIGHUP, or raises ConfigError. Raises that too.
     """
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # what comes before `Supervisor.run` can handle it waits until then
     control.check(config)
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     try:
-        slots = _listeners(config)
-        return uvloop.run(_made(config, slots, reload or (lambda: config), worker).run())
+        slots, are_shared = _listeners(config)
+        _check_descriptors(len(slots))
+        made = _made(config, slots, reload or (lambda: config), worker, are_shared=are_shared)
+        return uvloop.run(made.run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
         return ExitCode.START
@@ -80,23 +105,40 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
         _close(slots)
 
 
-def _made(config: Config, slots: list[list[socket.socket]], reload: Callable[[], Config], worker: str) -> "Supervisor":
+def _made(
+    config: Config, slots: list[list[socket.socket]], reload: Callable[[], Config], worker: str, *, are_shared: bool
+) -> "Supervisor":
     try:
-        return Supervisor(config, slots, reload, worker)
+        return Supervisor(config, slots, reload, worker, are_shared=are_shared)
     except OSError as error:
         raise StartError(f"this machine has no room for the counters: {error}") from error
 
 
 def slot_count(config: Config) -> int:
-    """How many workers share the port. One, whatever `server.workers` says, until rooms can be shared among several."""
-    return 1
+    """How many workers share the port."""
+    return cpus.count() if config.server.workers == "auto" else config.server.workers
 
 
-def _listeners(config: Config) -> list[list[socket.socket]]:
-    """For each slot. Those that systemd opened are shared by all; else each slot has its own. Raises StartError."""
+def _listeners(config: Config) -> tuple[list[list[socket.socket]], bool]:
+    """For each slot, and whether they are the same for all: those of systemd. Raises StartError."""
     count = slot_count(config)
     taken = systemd.listeners(os.environ, os.getpid())
-    return [taken] * count if taken else listen(config.server.host, config.server.port, count, config.server.backlog)
+    if taken:
+        return [taken] * count, count > 1
+    return listen(config.server.host, config.server.port, count, config.server.backlog), False
+
+
+def _check_descriptors(slots: int) -> None:
+    """Raises StartError when this process may not open what so many workers take: better now than one by one."""
+    held = len(os.listdir("/proc/self/fd"))  # noqa: PTH208 # names are all that is wanted
+    for_each = 2  # its channel and its pidfd
+    links = 2 * (slots - 1)  # of the last one to start, until they are sent
+    needed, most = held + for_each * slots + links + SPARE_DESCRIPTORS, resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most != resource.RLIM_INFINITY and needed > most:
+        raise StartError(
+            f"{slots} workers need {needed} descriptors here, and this process may have {most}:"
+            " raise that by ulimit -n (LimitNOFILE= of systemd), or start fewer by --workers"
+        )
 
 
 # ---- decisions
@@ -110,28 +152,49 @@ class Start:
     generation: int
 
 
+@dataclass(frozen=True, slots=True)
+class Silence:
+    """A finding: the worker of this slot has said nothing, or was not ready, for `seconds`. Is it to be killed?"""
+
+    slot: int
+    seconds: float
+    is_over: bool
+
+
 @dataclass(slots=True)
 class _Slot:
     generation: int = 0
     due_at: float | None = 0.0  # when to start it; None while a worker runs
     started_at: float = 0.0
-    heard_at: float = 0.0
-    retry_s: float = FIRST_RETRY_S  # the delay after the next death that comes too soon
+    silent_s: float = 0.0  # of the time that we listened: since its last heartbeat, or its start while it is not ready
+    retry_s: float = field(default_factory=lambda: FIRST_RETRY_S)  # the delay after the next death that comes too soon
     is_ready: bool = False
     is_launched: bool = False  # has been ready in some generation
     is_empty: bool = False  # drained: nobody is connected to its worker any more
+    is_stuck: bool = False  # its silence was found
+    is_given_up: bool = False  # it is killed, and about to end
+
+    @property
+    def accepts(self) -> bool:
+        return self.is_ready and not self.is_given_up and self.silent_s < STUCK_S
 
 
 class Fleet:
-    """When is which slot started? Pure: no I/O; every `now` is an argument, in monotonic seconds.
+    """When is which slot started, and which does not serve? Pure: no I/O; `now` is an argument, in monotonic seconds.
 
     A slot is due at first, and again after each death: at once when its worker had lived `SETTLED_S`, else after a
     delay that doubles with each such death in a row. A slot that dies in its very first launch before it was ready will
     not do better the next time: that ends everything (`failure`), instead of a loop.
+
+    Silence is summed up by `look`, which is to be called every `LOOK_S`, with all that was said until then passed on to
+    `on_heartbeat` in between. A look that comes late adds no more than one in time: whoever calls it was not listening.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, at_once: int = STARTING) -> None:
         self._slots = [_Slot() for _ in range(slots)]
+        self._at_once = at_once
+        self._looked_at: float | None = None
+        self._has_served = False  # all were ready once
         self.is_stopping = False
         self.failure: str | None = None
 
@@ -151,31 +214,77 @@ class Fleet:
         return all(slot.is_ready for slot in self._slots)
 
     def starts(self, now: float) -> list[Start]:
-        """What is due. Each Start is given once, and counts as a running worker until `on_death`."""
-        starts = []
+        """What is due. Each Start is given once, and counts as a running worker until `on_death`.
+
+        While so many of them are not ready yet, the others wait: look again after `on_ready` and `on_death`.
+        """
+        starts: list[Start] = []
+        free = self._free_starts
         for number, slot in enumerate(self._slots):
-            if not self.is_stopping and slot.due_at is not None and slot.due_at <= now:
+            if not self.is_stopping and slot.due_at is not None and slot.due_at <= now and len(starts) < free:
                 slot.generation += 1
-                slot.started_at = slot.heard_at = now
+                slot.started_at = now
+                slot.silent_s = 0.0
                 slot.due_at = None
-                slot.is_empty = False
+                slot.is_empty = slot.is_stuck = slot.is_given_up = False
                 starts.append(Start(number, slot.generation))
         return starts
 
     def wake_at(self) -> float | None:
-        """When `starts` will have something next; None when nothing is planned."""
+        """When `starts` will have something next; None when nothing is planned, or what is waits for others."""
         planned = [slot.due_at for slot in self._slots if slot.due_at is not None]
-        return None if self.is_stopping else min(planned, default=None)
+        return None if self.is_stopping or self._free_starts <= 0 else min(planned, default=None)
+
+    @property
+    def _free_starts(self) -> int:
+        return self._at_once - sum(slot.due_at is None and not slot.is_ready for slot in self._slots)
 
     def on_ready(self, slot: int, now: float) -> float:
         """The worker of `slot` accepts connections. Returns how many seconds after its start."""
         this = self._slots[slot]
         this.is_ready = this.is_launched = True
-        this.heard_at = now
+        this.silent_s = 0.0
+        self._has_served = self._has_served or self.is_ready
         return now - this.started_at
 
-    def on_heartbeat(self, slot: int, now: float) -> None:
-        self._slots[slot].heard_at = now
+    def on_heartbeat(self, slot: int) -> bool:
+        """Returns whether the worker of `slot` had been found stuck. One that is not ready is not excused by it."""
+        this = self._slots[slot]
+        was_stuck = this.is_stuck and not this.is_given_up
+        if this.is_ready and not this.is_given_up:
+            this.silent_s = 0.0
+            this.is_stuck = False
+        return was_stuck
+
+    def look(self, now: float) -> list[Silence]:
+        """Who is silent since the last look for longer than it may be; of each silence at most two findings."""
+        listened_s = 0.0 if self._looked_at is None else min(now - self._looked_at, LOOK_S)
+        self._looked_at = now
+        findings = []
+        for number, slot in enumerate(self._slots):
+            if slot.due_at is not None:
+                continue
+            slot.silent_s += listened_s
+            if self.is_stopping or slot.is_given_up:  # an end has its own deadlines
+                continue
+            slot.is_given_up = slot.silent_s >= (REPLACE_S if slot.is_ready else START_S)
+            if slot.is_given_up or (slot.is_ready and slot.silent_s >= STUCK_S and not slot.is_stuck):
+                slot.is_stuck = True
+                findings.append(Silence(number, slot.silent_s, slot.is_given_up))
+        return findings
+
+    def accepting(self) -> list[int]:
+        """The slots whose workers take connections."""
+        return [number for number, slot in enumerate(self._slots) if slot.accepts]
+
+    def deserted(self) -> list[int]:
+        """The slots whose connections others should take: their worker is dead, not ready yet, or stuck.
+
+        None before all were ready once, none while stopping, and none when there is nobody else.
+        """
+        if self.is_stopping or not self._has_served or not self.accepting():
+            return []
+        return [number for number, slot in enumerate(self._slots) if not slot.accepts]
 
     def generation(self, slot: int) -> int:
         """How often `slot` was started."""
@@ -187,10 +296,6 @@ class Fleet:
 
     def is_drained(self, slot: int) -> bool:
         return self._slots[slot].is_empty
-
-    def heard_at(self, slot: int) -> float:
-        """When the worker of `slot` was last heard of; its start counts."""
-        return self._slots[slot].heard_at
 
     def on_death(self, slot: int, reason: str, now: float) -> float | None:
         """The worker of `slot` has ended. Returns the seconds until it is replaced, or None when it is not."""
@@ -217,38 +322,101 @@ class Fleet:
 
 # ---- processes
 
+# They pass.
+_SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+
+
+class _Outbox:
+    """What one worker is told, in order. Owns the descriptors of its messages: closed here once sent, or dropped.
+
+    What its channel has no room for waits until there is; `flush` tries again where the kernel announces no room.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._waiting: deque[ToWorker] = deque()
+        self._is_watched = False
+
+    def send(self, message: ToWorker) -> None:
+        """Now or later. One that is gone needs nothing."""
+        if not self._supersede(message):
+            self._waiting.append(message)
+        self.flush()
+
+    def offer(self, message: ToWorker) -> bool:
+        """Now or not at all: then its descriptors are still the caller's."""
+        if self._waiting:
+            return False
+        try:
+            self._channel.send(message)
+        except OSError:
+            return False
+        control.close_all(control.descriptors(message))
+        return True
+
+    def flush(self) -> None:
+        is_full = False
+        try:
+            while self._waiting:
+                self._channel.send(self._waiting[0])
+                control.close_all(control.descriptors(self._waiting.popleft()))
+        except BlockingIOError:
+            is_full = True
+        except OSError as error:
+            if error.errno not in _SHORTAGES:
+                self._drop()
+        self._watch(is_full=is_full)
+
+    def close(self) -> None:
+        """Idempotent. Nothing that waits is ever sent to anybody else."""
+        self._watch(is_full=False)
+        self._drop()
+
+    def _supersede(self, message: ToWorker) -> bool:
+        """Only the newest configuration, and the newest link to a slot, are wanted.
+
+        A link takes the place of the older one, so that as many follow `Boot` as it says.
+        """
+        for place, other in enumerate(self._waiting):
+            if isinstance(message, Link) and isinstance(other, Link) and other.slot == message.slot:
+                control.close_all(other.fds)
+                self._waiting[place] = message
+                return True
+            if isinstance(message, Reload) and isinstance(other, Reload):
+                del self._waiting[place]
+                return False
+        return False
+
+    def _drop(self) -> None:
+        for message in self._waiting:
+            control.close_all(control.descriptors(message))
+        self._waiting.clear()
+
+    def _watch(self, *, is_full: bool) -> None:
+        if is_full != self._is_watched:
+            self._is_watched = is_full
+            loop = asyncio.get_running_loop()
+            if is_full:
+                loop.add_writer(self._channel.fileno(), self.flush)
+            else:
+                loop.remove_writer(self._channel.fileno())
+
 
 @dataclass(slots=True, eq=False)
 class _Worker:
     """A running process and our ends of it."""
 
     slot: int
+    generation: int
     process: subprocess.Popen[bytes]
     channel: Channel
+    outbox: _Outbox
     pidfd: int  # readable when the process has ended
     log: logs.Logger = field(init=False)
-    reason: str | None = None  # for which it says that it cannot start
-    waiting: list[ToWorker] = field(default_factory=list)  # what its channel had no room for
+    reason: str | None = None  # for which it says that it cannot start, or is killed
 
     def __post_init__(self) -> None:
         self.log = _log.bind(slot=self.slot, pid=self.process.pid)
-
-    def send(self, message: ToWorker) -> None:
-        """In order. What its channel has no room for waits for its next heartbeat; one that is gone needs nothing."""
-        if isinstance(message, Reload):
-            self.waiting = [other for other in self.waiting if not isinstance(other, Reload)]  # the newest is enough
-        self.waiting.append(message)
-        self.send_waiting()
-
-    def send_waiting(self) -> None:
-        try:
-            while self.waiting:
-                self.channel.send(self.waiting[0])
-                del self.waiting[0]
-        except BlockingIOError:
-            return
-        except OSError:
-            self.waiting.clear()
 
     def watch(self, events: asyncio.Queue["_Event"]) -> None:
         loop = asyncio.get_running_loop()
@@ -284,9 +452,88 @@ class _Worker:
         """After its end: leave neither zombie nor descriptor. Returns its exit status, negative for a signal."""
         self._unwatch()
         status = self.process.wait()
+        self.outbox.close()
         self.channel.close()
         os.close(self.pidfd)
         return status
+
+
+class _Deputy:
+    """Accepts from the sockets of slots that do not serve, and passes the connections to those that do.
+
+    `give` hands descriptors to a worker, at once, or returns False: they stay here then, at most `IN_HAND` of them, and
+    `resume`, to be called every `LOOK_S`, tries again. Who finds nobody within `IN_HAND_S` is closed.
+    """
+
+    def __init__(self, listeners: list[list[socket.socket]], give: Callable[[list[int]], bool]) -> None:
+        self._listeners = listeners
+        self._give = give
+        self._watched: set[int] = set()
+        self._in_hand: deque[tuple[int, float]] = deque()  # descriptor, and when it was accepted
+        self._is_paused = False
+        self._was_short = False  # said once, until a connection is accepted
+
+    def watch(self, slots: Collection[int]) -> None:
+        """Accept for these slots, and for no other."""
+        wanted = set() if self._is_paused else set(slots)
+        loop = asyncio.get_running_loop()
+        for listener in self._sockets(self._watched - wanted):
+            loop.remove_reader(listener.fileno())
+        for listener in self._sockets(wanted - self._watched):
+            listener.setblocking(False)  # the worker's copy has the same flag
+            loop.add_reader(listener.fileno(), self._on_readable, listener)
+        self._watched = wanted
+
+    def resume(self, now: float) -> None:
+        self._hand_on()
+        late = [fd for fd, accepted_at in self._in_hand if now - accepted_at >= IN_HAND_S]
+        if late:
+            _log.warning("connections_dropped", connections=len(late))
+            control.close_all(late)
+            self._in_hand = deque(item for item in self._in_hand if item[0] not in late)
+        self._is_paused = len(self._in_hand) >= IN_HAND
+
+    def close(self) -> None:
+        """Idempotent; before the listening sockets are closed."""
+        self.watch(())
+        control.close_all(fd for fd, _ in self._in_hand)
+        self._in_hand.clear()
+
+    def _sockets(self, slots: Iterable[int]) -> list[socket.socket]:
+        return [listener for slot in slots for listener in self._listeners[slot]]
+
+    def _on_readable(self, listener: socket.socket) -> None:
+        now = time.monotonic()
+        for _ in range(min(ACCEPTS, IN_HAND - len(self._in_hand))):
+            try:
+                connection = listener.accept()[0]
+            except BlockingIOError:
+                break
+            except ConnectionAbortedError:  # that one has gone again
+                continue
+            except OSError as error:  # a shortage, which would call us again at once, and again
+                if not self._was_short:
+                    _log.warning("cannot_accept", reason=str(error))
+                self._was_short = True
+                self._pause()
+                break
+            self._was_short = False
+            self._in_hand.append((connection.detach(), now))
+        self._hand_on()
+        if len(self._in_hand) >= IN_HAND:
+            self._pause()
+
+    def _hand_on(self) -> None:
+        while self._in_hand:
+            batch = [fd for fd, _ in itertools.islice(self._in_hand, HANDED)]
+            if not self._give(batch):
+                break
+            for _ in batch:
+                self._in_hand.popleft()
+
+    def _pause(self) -> None:
+        self._is_paused = True
+        self.watch(())
 
 
 # A signal; what a worker said, or what is wrong with it, or None for its end; None when a time has come.
@@ -297,17 +544,33 @@ class Supervisor:
     """Executes what `Fleet` decides, on one asyncio loop."""
 
     def __init__(
-        self, config: Config, listeners: list[list[socket.socket]], reload: Callable[[], Config], worker: str
+        self,
+        config: Config,
+        listeners: list[list[socket.socket]],
+        reload: Callable[[], Config],
+        worker: str,
+        *,
+        are_shared: bool,
     ) -> None:
         self._config = config
         self._reload = reload
         self._listeners = listeners
+        self._are_shared = are_shared  # the listeners are the same for every slot: others accept where one does not
         self._module = worker
         self._fleet = Fleet(len(listeners))
         self._workers: dict[int, _Worker] = {}
+        self._view = View(1, secrets.token_bytes(KEY_BYTES), {"": tuple(range(len(listeners)))})
+        # By the two slots, lower first: the serial of the newest link, and when it was made.
+        self._links: dict[tuple[int, int], tuple[int, float]] = {}
+        self._serials = itertools.count(1)
+        self._unlinked: set[tuple[int, int]] = set()  # those that are to be given a new one at the next look
+        self._deputy = _Deputy(listeners, self._give)
+        self._turn = 0  # who was handed connections last
+        self._cpus = cpus.usable()
         self._events: asyncio.Queue[_Event] = asyncio.Queue()
         self._notifier = systemd.Notifier(os.environ, os.getpid())
         self._code = ExitCode.OK
+        self._look_at = 0.0
         self._drain_until: float | None = None  # while all workers drain
         self._kill_at: float | None = None  # when all have been told to end
         self._has_served = False
@@ -318,19 +581,21 @@ class Supervisor:
 
     async def run(self) -> ExitCode:
         """Until the last worker has ended. Raises StartError when the first launch fails."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._events.put_nowait, number)
+        self._listen_to_signals()
         service = await self._open_service()
         self._keep_alive()
         try:
+            while not self._events.empty():  # an early signal: nothing is started then
+                self._handle(self._events.get_nowait())
             while not self._fleet.is_over:
                 self._start_due()
                 self._handle(await self._next_event())
-        finally:  # empty, but for a bug: then no worker is left behind
+        finally:  # no worker is left, but for a bug: then none is left behind
+            signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # what comes now changes nothing, nor the exit code
             for worker in self._workers.values():
                 worker.process.kill()
                 worker.close()
+            self._deputy.close()
             service.close()
             self._counters.close()
             self._notifier.close()
@@ -339,6 +604,14 @@ class Supervisor:
         _log.info("stopped", code=int(self._code))
         return self._code
 
+    def _listen_to_signals(self) -> None:
+        """Those that have come already, which `run` of this module blocked, are the first events."""
+        for number in HEARD:
+            asyncio.get_running_loop().add_signal_handler(number, self._events.put_nowait, number)
+        while early := signal.sigtimedwait(HEARD, 0):
+            self._events.put_nowait(signal.Signals(early.si_signo))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
+
     def _keep_alive(self) -> None:
         """While this loop turns, systemd hears of it."""
         if self._notifier.watchdog_s:
@@ -346,10 +619,9 @@ class Supervisor:
             asyncio.get_running_loop().call_later(self._notifier.watchdog_s, self._keep_alive)
 
     async def _next_event(self) -> _Event:
-        times = [at for at in (self._fleet.wake_at(), self._drain_until, self._kill_at) if at is not None]
-        if not times:
-            return await self._events.get()
-        timer = asyncio.get_running_loop().call_later(min(times) - time.monotonic(), self._events.put_nowait, None)
+        planned = (self._fleet.wake_at(), self._look_at, self._drain_until, self._kill_at)
+        wake_at = min(at for at in planned if at is not None)
+        timer = asyncio.get_running_loop().call_later(wake_at - time.monotonic(), self._events.put_nowait, None)
         try:
             return await self._events.get()
         finally:
@@ -360,6 +632,8 @@ class Supervisor:
             self._kill_all()
         if self._drain_until is not None and time.monotonic() >= self._drain_until:
             self._end_late()
+        if time.monotonic() >= self._look_at:
+            self._look(time.monotonic())
         if isinstance(event, signal.Signals):
             self._handle_signal(event)
         elif event is not None:
@@ -371,6 +645,66 @@ class Supervisor:
         if self._drain_until is not None and self._fleet.is_empty:
             _log.info("drained")
             self._stop(is_forced=False)
+        self._deputy.watch(() if self._are_shared else self._fleet.deserted())
+
+    # Silence, and what was put off
+
+    def _look(self, now: float) -> None:
+        self._look_at = now + LOOK_S
+        for silence in self._fleet.look(now):
+            worker = self._workers[silence.slot]
+            seconds = round(silence.seconds, 1)
+            if silence.is_over:
+                worker.log.error("worker_given_up", seconds=seconds)
+                worker.reason = f"worker {worker.slot} was silent, or not ready, for {seconds} s and was killed"
+                worker.process.kill()
+            else:
+                worker.log.warning("worker_stuck", seconds=seconds)
+        self._deputy.resume(now)
+        for lower, higher in sorted(self._unlinked):
+            self._link(lower, higher)
+
+    def _give(self, fds: list[int]) -> bool:
+        """Hand connections to a worker that accepts, each time to the next one, and has room in its channel."""
+        slots = self._fleet.accepting()
+        for _ in slots:
+            self._turn += 1
+            if self._workers[slots[self._turn % len(slots)]].outbox.offer(Hand(fds)):
+                return True
+        return False
+
+    # Links
+
+    def _link(self, lower: int, higher: int) -> None:
+        """Give two workers a new link, now or as soon as the machine lets us; a dead one's successor brings its own."""
+        one, other = self._workers.get(lower), self._workers.get(higher)
+        if one is None or other is None or self._kill_at is not None:
+            self._unlinked.discard((lower, higher))
+            return
+        try:
+            ends = control.link()
+        except OSError as error:
+            if (lower, higher) not in self._unlinked:
+                _log.warning("cannot_link", slots=[lower, higher], reason=str(error))
+            self._unlinked.add((lower, higher))
+            return
+        self._unlinked.discard((lower, higher))
+        serial = next(self._serials)
+        self._links[lower, higher] = serial, time.monotonic()
+        one.outbox.send(Link(higher, other.generation, serial, [ends[0]]))
+        other.outbox.send(Link(lower, one.generation, serial, [ends[1]]))
+
+    def _handle_unlinked(self, worker: _Worker, slot: int, serial: int) -> None:
+        """Both ends ask: the first to do so has the number of the newest link, the second has that of an older one.
+
+        One that had only just been made is replaced a moment later: two that ask all the time are no load.
+        """
+        ends = _in_order(worker.slot, slot)
+        newest, made_at = self._links.get(ends, (None, 0.0))
+        if newest == serial and time.monotonic() - made_at < LOOK_S:
+            self._unlinked.add(ends)
+        elif newest == serial:
+            self._link(*ends)
 
     # Start
 
@@ -393,8 +727,24 @@ class Supervisor:
         channel, theirs = control.pair()
         with contextlib.ExitStack() as undo, theirs:
             undo.callback(channel.close)
+            outbox = _Outbox(channel)
+            undo.callback(outbox.close)
             counters = self._counters.fd
-            channel.send(Boot(self._config, start.slot, len(self._listeners), start.generation, listeners, counters))
+            others = list(self._workers.values())
+            channel.send(
+                Boot(
+                    self._config,
+                    start.slot,
+                    len(self._listeners),
+                    start.generation,
+                    listeners,
+                    counters,
+                    self._view,
+                    links=len(others),
+                    shares_listeners=self._are_shared,
+                )
+            )
+            links = [self._link_to_new(start, other, outbox, undo) for other in others]
             process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
                 _command(self._module, theirs.fileno()),
                 stdin=subprocess.DEVNULL,
@@ -404,9 +754,30 @@ class Supervisor:
             )
             undo.callback(process.wait)
             undo.callback(process.kill)
-            worker = _Worker(start.slot, process, channel, os.pidfd_open(process.pid))
+            pidfd = os.pidfd_open(process.pid)
             undo.pop_all()
+        worker = _Worker(start.slot, start.generation, process, channel, outbox, pidfd)
+        for other, link in zip(others, links, strict=True):
+            self._links[_in_order(start.slot, other.slot)] = link.serial, time.monotonic()
+            other.outbox.send(link)
+        self._pin(worker)
         return worker
+
+    def _link_to_new(self, start: Start, other: _Worker, outbox: _Outbox, undo: contextlib.ExitStack) -> Link:
+        """Put one end into the new worker's channel; returns what the other worker is to be sent once there is one."""
+        ours, theirs = control.link()
+        undo.callback(control.close_all, [theirs])
+        serial = next(self._serials)
+        outbox.send(Link(other.slot, other.generation, serial, [ours]))
+        return Link(start.slot, start.generation, serial, [theirs])
+
+    def _pin(self, worker: _Worker) -> None:
+        if self._config.server.pin_workers:
+            cpu = self._cpus[worker.slot % len(self._cpus)]
+            try:
+                os.sched_setaffinity(worker.process.pid, {cpu})
+            except OSError as error:  # taken away since the start; or it has ended, which we hear of soon
+                worker.log.warning("cannot_pin", cpu=cpu, reason=str(error))
 
     # Status
 
@@ -437,15 +808,20 @@ class Supervisor:
         now = time.monotonic()
         match message:
             case Heartbeat():
-                self._fleet.on_heartbeat(worker.slot, now)
-                worker.send_waiting()
+                worker.outbox.flush()
+                if self._fleet.on_heartbeat(worker.slot):
+                    worker.log.info("worker_recovered")
             case Ready():
                 self._handle_ready(worker, self._fleet.on_ready(worker.slot, now))
             case Failed(reason):
                 worker.reason = f"worker {worker.slot} failed: {reason}"
             case Stopped():
                 self._fleet.on_empty(worker.slot)
+            case Unlinked(slot, serial):
+                self._handle_unlinked(worker, slot, serial)
             case _:  # a worker that cannot be understood cannot be told to stop either
+                if not isinstance(message, ControlError):
+                    control.close_all(control.descriptors(message))
                 worker.log.error("worker_unknown_message", reason=str(message))
                 worker.process.kill()
 
@@ -472,6 +848,8 @@ class Supervisor:
 
     def _handle_end(self, worker: _Worker) -> None:
         del self._workers[worker.slot]
+        self._links = {slots: newest for slots, newest in self._links.items() if worker.slot not in slots}
+        self._unlinked = {slots for slots in self._unlinked if worker.slot not in slots}
         status = worker.close()
         self._counters.zero_gauges(worker.slot)
         words = f"signal {_signal_name(-status)}" if status < 0 else f"code {status}"
@@ -480,7 +858,8 @@ class Supervisor:
             self._replace(worker.slot, reason, worker.log)
             return
         self._fleet.on_death(worker.slot, reason, time.monotonic())
-        _close([self._listeners[worker.slot]])  # nobody accepts there any more
+        if not self._are_shared:
+            _close([self._listeners[worker.slot]])  # nobody accepts there any more
         if status != 0 and self._fleet.failure is None:
             self._code = ExitCode.FAILED
             worker.log.error("worker_lost", reason=reason)
@@ -533,7 +912,7 @@ class Supervisor:
         self._config = reload.config
         logs.configure(self._config.log.level, self._config.log.format)
         for worker in self._workers.values():
-            worker.send(Reload(self._config))
+            worker.outbox.send(Reload(self._config))
         if reload.needs_restart:
             _log.warning("needs_restart", options=reload.needs_restart)
         _log.info("reloaded", options=reload.changed)
@@ -542,7 +921,7 @@ class Supervisor:
         self._fleet.stop()
         self._drain_until = time.monotonic() + seconds + OVERTIME_S
         for worker in self._workers.values():
-            worker.send(Drain(seconds, seconds + OVERTIME_S))
+            worker.outbox.send(Drain(seconds, seconds + OVERTIME_S))
 
     def _end_late(self) -> None:
         """A worker is stuck: one that turns closes everybody in time."""
@@ -557,7 +936,8 @@ class Supervisor:
         kill_at = time.monotonic() + (FORCED_STOP_S if is_forced else STOP_S)
         self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)  # impatience never adds time
         for worker in self._workers.values():
-            worker.send(Stop(is_forced=is_forced))
+            worker.outbox.send(Stop(is_forced=is_forced))
+        self._deputy.close()
         _close(self._listeners)  # the workers' copies follow: then new connections are refused, not left waiting
 
     def _kill_all(self) -> None:
@@ -565,6 +945,10 @@ class Supervisor:
         for worker in self._workers.values():
             worker.log.error("worker_killed")
             worker.process.kill()
+
+
+def _in_order(one: int, other: int) -> tuple[int, int]:
+    return (one, other) if one < other else (other, one)
 
 
 def _signal_name(number: int) -> str:
@@ -691,6 +1075,8 @@ def _bound(address: _Address, port: int, *, may_share: bool = False) -> socket.s
 def _refusal(name: str, error: OSError) -> StartError:
     if error.errno == errno.EADDRINUSE:
         return _InUseError(f"{name} is in use by another process: end that, or choose another port by --port")
+    if error.errno in {errno.EMFILE, errno.ENFILE}:
+        return StartError(f"cannot listen on {name}: {error.strerror}: raise that by ulimit -n, or set fewer --workers")
     if error.errno in {errno.EACCES, errno.EPERM}:
         return StartError(f"{name} is not permitted to this user: choose a port from 1024 up by --port")
     return StartError(f"cannot listen on {name}: {error.strerror}: choose another address by --host")

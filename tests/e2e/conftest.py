@@ -60,7 +60,7 @@ def run_with(
     """
     head = """\
         import os, signal, socket, sys, time
-        from fastsig.control import Channel, Drain, Failed, Heartbeat, Ready, Stop, Stopped
+        from fastsig.control import Channel, Drain, Failed, Hand, Heartbeat, Link, Ready, Stop, Stopped, Unlinked
         end = socket.socket(fileno=int(sys.argv[1]))
         channel = Channel(end)
         boot = channel.receive()
@@ -86,14 +86,17 @@ def run_with(
 
 
 class Server:
-    """One server: where it listens, what it logs, and its end."""
+    """One server: where it listens, what it logs, and its end. WEB_CONCURRENCY says how many workers; usually one."""
 
     def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
         self.runtime_dir = cwd / "run"
         self.process = subprocess.Popen(
             [PYTHON, "-m", "fastsig", "serve", *args],
-            env=clean | {"FASTSIG_SERVER_PORT": "0", "FASTSIG_SERVER_RUNTIME_DIR": str(cwd / "run")} | (env or {}),
+            env={"WEB_CONCURRENCY": "1"}
+            | clean
+            | {"FASTSIG_SERVER_PORT": "0", "FASTSIG_SERVER_RUNTIME_DIR": str(cwd / "run")}
+            | (env or {}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

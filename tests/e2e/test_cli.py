@@ -3,11 +3,12 @@
 import http.client
 import json
 import os
+import signal
 import subprocess
 import sys
 import tomllib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,17 @@ class Supervisor:
 
 
 @pytest.fixture(autouse=True)
-def supervisor(monkeypatch: pytest.MonkeyPatch) -> Supervisor:
-    """Also: an environment without options."""
+def supervisor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Supervisor]:
+    """Also: an environment without options; and signals that `serve` holds back reach this process afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     for name in [*(option.env for option in OPTIONS), "FASTSIG_CONFIG", "FASTSIG_CONFIG_BODY", "WEB_CONCURRENCY"]:
         monkeypatch.delenv(name, raising=False)
     double = Supervisor()
     module = types.ModuleType("fastsig.supervisor")
     module.run = double.run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fastsig.supervisor", module)
-    return double
+    yield double
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from websockets.asyncio.client import connect, unix_connect
+from websockets.exceptions import InvalidStatus
 
 from fastsig.systemd import Notifier
-from tests.e2e.conftest import PYTHON, Server, children
+from tests.e2e.conftest import PYTHON, Server, children, until
 
 Serve = Callable[..., Server]
 Launch = Callable[..., subprocess.Popen[str]]
@@ -106,11 +107,11 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
     """Start `fastsig serve` with this socket as descriptor 3, as systemd does."""
     with contextlib.ExitStack() as stack:
 
-        def start(given: int, *, count: str = "1", code: str = "") -> subprocess.Popen[str]:
+        def start(given: int, *, count: str = "1", code: str = "", workers: int = 1) -> subprocess.Popen[str]:
             program = (
                 f"import os, sys; os.dup2({given}, 3, inheritable=True); {code or 'pass'}\n"
                 f"os.environ |= {{'LISTEN_FDS': {count!r}, 'LISTEN_PID': str(os.getpid()), 'LISTEN_FDNAMES': 'x'}}\n"
-                "line = '-m fastsig serve --port 1 --host 192.0.2.1'.split()  # neither counts\n"
+                f"line = '-m fastsig serve --workers {workers} --port 1 --host 192.0.2.1'.split()  # two do not count\n"
                 "os.execv(sys.executable, [sys.executable, *line])"
             )
             process = subprocess.Popen(
@@ -158,6 +159,34 @@ async def test_socket_that_is_given_is_served_and_stays_open(launch: Launch) -> 
         await asyncio.to_thread(_stop, process)
         with socket.create_connection(("127.0.0.1", port), END_S):
             pass  # it waits for the next start, as it should
+
+
+async def test_socket_that_is_given_is_shared_by_all_workers(launch: Launch) -> None:
+    """The end of one, for good or while the others drain, closes it to nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"ws://127.0.0.1:{listener.getsockname()[1]}/ws"
+        process = launch(listener.fileno(), workers=3)
+        event = await asyncio.to_thread(_serving, process)
+        assert (event["workers"], event["urls"]) == (3, [url])
+        workers = children(process.pid)
+        for worker in workers[:2]:
+            os.kill(worker, signal.SIGSTOP)
+        os.kill(workers[2], signal.SIGKILL)
+        await _says_pong(url)  # of its successor: nobody else can
+        assert set(workers[:2]) < set(children(process.pid))
+        async with asyncio.timeout(END_S), connect(url, proxy=None) as one:
+            await one.send('{"type":"join","room":"r","sender":"a"}')
+            assert '"joined"' in str(await one.recv())
+            process.send_signal(signal.SIGTERM)
+            assert '"go-away"' in str(await one.recv())
+            os.kill(workers[0], signal.SIGKILL)
+            await asyncio.to_thread(until, lambda: workers[0] not in children(process.pid), "it is not buried")
+            with pytest.raises(InvalidStatus):  # 503: it is accepted, and answered, still
+                await connect(url, proxy=None)
+            os.kill(workers[1], signal.SIGCONT)
+        _, stderr = await asyncio.to_thread(process.communicate, timeout=END_S)
+        assert process.returncode == 1, "a worker was lost"
+        assert '"worker_lost"' in stderr and '"internal_error"' not in stderr
 
 
 async def test_unix_socket_that_is_given_is_served_and_not_removed(launch: Launch, tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from fastsig.errors import ConfigError
 
 # ARCHITECTURE §7
 NAMES = {
-    "server": "host port path workers backlog drain_seconds tls_cert tls_key origins trusted_proxies proxy_protocol"
-    " moves runtime_dir echo_path",
+    "server": "host port path workers pin_workers backlog drain_seconds tls_cert tls_key origins trusted_proxies"
+    " proxy_protocol moves runtime_dir echo_path",
     "limits": "message_bytes messages_per_s message_burst bytes_per_s fanout_bytes_per_s joins_per_s"
     " rooms_per_connection peers_per_room rooms connections connections_per_address"
     " connects_per_s_per_address connects_per_s handshake_seconds first_message_seconds output_bytes meta_bytes"

@@ -2,9 +2,12 @@
 
 import array
 import contextlib
+import fcntl
 import os
+import resource
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -17,15 +20,20 @@ from fastsig.control import (
     ControlError,
     Drain,
     Failed,
+    Hand,
     Heartbeat,
+    Link,
     Message,
     Ready,
     Reload,
     Stop,
     Stopped,
+    Unlinked,
 )
 from fastsig.errors import ConfigError, InvariantError
+from fastsig.routing import View
 
+VIEW = View(1, bytes(range(16)), {"": (0, 1)})
 Pair = tuple[Channel, Channel]
 
 
@@ -52,7 +60,11 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
 @pytest.mark.parametrize(
     "message",
     [
-        Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6], counters=7),
+        Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6], counters=7, view=VIEW),
+        Boot(Config(), 0, 2, 1, [5], 7, VIEW, links=1, shares_listeners=True),
+        Link(slot=1, generation=2, serial=3),
+        Hand(),
+        Unlinked(slot=1, serial=3),
         Drain(seconds=20.0, deadline_s=25.0),
         Reload(build({"limits.rooms": 7, "log.level": "debug"})),
         Stop(is_forced=True),
@@ -72,9 +84,10 @@ def test_message_arrives_as_it_was_sent(ends: Pair, message: Message) -> None:
 def test_configuration_survives_the_way_to_the_worker(ends: Pair) -> None:
     ours, theirs = ends
     config = build({"server.port": 0, "server.workers": 4, "auth.keys": ("k1", "k2"), "limits.handshake_seconds": 0.5})
-    ours.send(Boot(config, 1, 2, 3, [], 4))
+    ours.send(Boot(config, 1, 2, 3, [], 4, VIEW))
     boot = theirs.receive()
     assert isinstance(boot, Boot) and boot.config == config
+    assert boot.view.owner("r") == VIEW.owner("r")
 
 
 def test_messages_keep_their_order(ends: Pair) -> None:
@@ -168,17 +181,190 @@ def test_configuration_that_fits_no_packet_is_refused_in_time() -> None:
     control.check(build({"server.origins": ("https://example.org",) * 5000}))
 
 
-def test_descriptors_that_nobody_expects_are_not_kept(raw: tuple[socket.socket, Channel]) -> None:
-    stranger, channel = raw
-    reader, writer = os.pipe()
+# ---- descriptors
+
+
+def _held() -> set[int]:
+    """The descriptors of this process; the one that lists them is not among them."""
+    names = os.listdir("/proc/self/fd")  # noqa: PTH208 (names are all that is wanted)
+    return {int(name) for name in names if _is_open(int(name))}
+
+
+def _is_open(fd: int) -> bool:
     try:
-        extra = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [writer]))]
-        stranger.sendmsg([b'{"type":"heartbeat"}'], extra)
-        os.close(writer)
-        assert channel.receive() == Heartbeat()
-        assert os.read(reader, 1) == b"", "somebody holds the writing end still"
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def _nothing_leaks() -> Iterator[None]:
+    """Whatever a test does here, it leaves no descriptor open; and the other fixtures are gone when this looks."""
+    before = _held()
+    yield
+    assert _held() == before
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    """Reading and writing end."""
+    reader, writer = os.pipe()
+    yield reader, writer
+    control.close_all([reader, writer])
+
+
+def _say(stranger: socket.socket, packet: bytes, fds: list[int]) -> None:
+    stranger.sendmsg([packet], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
+
+
+def _receive_fds(channel: Channel) -> list[int]:
+    message = channel.receive()
+    assert isinstance(message, Link | Hand)
+    return message.fds
+
+
+def test_descriptors_arrive_open_and_under_numbers_of_the_receiver(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    reader, writer = pipe
+    ours.send(Link(slot=3, generation=4, serial=5, fds=[writer]))
+    link = theirs.receive()
+    assert isinstance(link, Link) and (link.slot, link.generation, link.serial) == (3, 4, 5)
+    (arrived,) = link.fds
+    assert arrived != writer
+    os.write(arrived, b"here")
+    assert os.read(reader, 4) == b"here"
+    os.close(arrived)
+
+
+def test_order_of_descriptors_is_kept(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    ours.send(Hand([*pipe]))
+    reader, writer = _receive_fds(theirs)
+    os.write(writer, b"x")
+    assert os.read(reader, 1) == b"x"
+    control.close_all([reader, writer])
+
+
+def test_descriptors_that_arrive_are_not_inherited(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    os.set_inheritable(pipe[0], True)
+    ours.send(Hand([pipe[0]]))
+    (arrived,) = _receive_fds(theirs)
+    assert fcntl.fcntl(arrived, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    os.close(arrived)
+
+
+def test_sender_keeps_its_copies(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    message = Hand([pipe[1]])
+    ours.send(message)
+    assert message.fds == [pipe[1]]
+    control.close_all(_receive_fds(theirs))
+    os.write(pipe[1], b"x")
+    assert os.read(pipe[0], 1) == b"x"
+
+
+def test_numbers_of_the_sender_do_not_travel(raw: tuple[socket.socket, Channel], pipe: tuple[int, int]) -> None:
+    stranger, channel = raw
+    channel.send(Hand([pipe[0]]))
+    assert stranger.recv(1000) == b'{"type":"hand","fds":[-1]}'
+
+
+def test_as_many_descriptors_as_allowed_pass_and_one_more_does_not(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    ours.send(Hand([pipe[0]] * control.DESCRIPTORS))
+    arrived = _receive_fds(theirs)
+    assert len(arrived) == control.DESCRIPTORS
+    control.close_all(arrived)
+    with pytest.raises(InvariantError):
+        ours.send(Hand([pipe[0]] * (control.DESCRIPTORS + 1)))
+    assert theirs.receive() is NOTHING
+
+
+@pytest.mark.parametrize(
+    ("packet", "count"),
+    [
+        (b'{"type":"hand","fds":[]}', 1),
+        (b'{"type":"hand"}', 2),
+        (b'{"type":"hand","fds":[-1]}', 2),
+        (b'{"type":"hand","fds":[-1,-1,-1]}', 2),
+        (b'{"type":"hand","fds":[0]}', 0),
+        (b'{"type":"link","slot":1,"generation":1,"serial":1,"fds":[-1]}', 0),
+        (b'{"type":"hand","fds":["', 2),
+        (b'{"type":"dance"}', 1),
+    ],
+)
+def test_packet_with_other_descriptors_than_announced_is_refused_and_they_are_closed(
+    raw: tuple[socket.socket, Channel], pipe: tuple[int, int], packet: bytes, count: int
+) -> None:
+    stranger, channel = raw
+    _say(stranger, packet, [pipe[1]] * count) if count else stranger.send(packet)
+    os.close(pipe[1])
+    with pytest.raises(ControlError):
+        channel.receive()
+    assert os.read(pipe[0], 1) == b"", "somebody holds the writing end still"
+
+
+def test_more_descriptors_than_a_packet_may_bring_are_cut_refused_and_closed(
+    raw: tuple[socket.socket, Channel], pipe: tuple[int, int]
+) -> None:
+    stranger, channel = raw
+    for announced in (control.DESCRIPTORS, control.DESCRIPTORS + 1):
+        _say(stranger, b'{"type":"hand","fds":[%s]}' % b",".join([b"-1"] * announced), [pipe[0]] * (announced + 1))
+        with pytest.raises(ControlError, match="cut"):
+            channel.receive()
+    stranger.send(b'{"type":"heartbeat"}')
+    assert channel.receive() == Heartbeat()
+
+
+def test_process_without_room_for_descriptors_is_told_and_keeps_none(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    ours.send(Hand([pipe[0]] * 8))
+    before, (soft, hard) = _held(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [number for number in range(1000) if number not in before]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[4], hard))
+    try:
+        with pytest.raises(ControlError, match="8 descriptors announced"):
+            theirs.receive()
     finally:
-        os.close(reader)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert _held() == before
+
+
+def test_descriptors_that_nobody_expects_are_not_kept(
+    raw: tuple[socket.socket, Channel], pipe: tuple[int, int]
+) -> None:
+    stranger, channel = raw
+    _say(stranger, b'{"type":"heartbeat"}', [pipe[1]])
+    os.close(pipe[1])
+    assert channel.receive() == Heartbeat()
+    assert os.read(pipe[0], 1) == b"", "somebody holds the writing end still"
+
+
+def test_descriptors_in_a_channel_that_is_closed_unread_are_closed_too(pipe: tuple[int, int]) -> None:
+    ours, theirs = control.pair()
+    ours.send(Hand([pipe[1]]))
+    os.close(pipe[1])
+    theirs.close()
+    ours.close()
+    assert os.read(pipe[0], 1) == b""
+
+
+def test_link_has_two_ends_that_do_not_block_and_are_not_inherited() -> None:
+    fds = control.link()
+    one, two = (socket.socket(fileno=fd) for fd in fds)
+    with one, two:
+        assert one.type == two.type == socket.SOCK_SEQPACKET
+        assert not os.get_blocking(fds[0]) and not os.get_blocking(fds[1])
+        assert not one.get_inheritable() and not two.get_inheritable()
+        usual: Any = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with usual[0], usual[1]:
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                least = usual[0].getsockopt(socket.SOL_SOCKET, option)
+                assert min(end.getsockopt(socket.SOL_SOCKET, option) for end in (one, two)) > least
+        one.send(b"packet")
+        assert two.recv(100) == b"packet"
 
 
 def test_no_end_is_inherited_by_accident() -> None:
