@@ -14,6 +14,9 @@ import binascii
 import hashlib
 import os
 import re
+import select
+import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
@@ -35,6 +38,8 @@ HEADERS: Final = 128
 # What the kernel keeps unread per connection, set on listening sockets. It bounds what one read loop takes, and so what
 # picows' buffer grows to and keeps: 2.3 MiB per connection after a burst with the kernel's default, 0.1 MiB with this.
 RECEIVE_BYTES: Final = 65536
+ACCEPTS_PER_TURN: Final = 32
+ACCEPT_RETRY_S: Final = 0.1
 READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -138,15 +143,16 @@ def _subprotocol(head: Head) -> str | None:
     return SUBPROTOCOL
 
 
-def check_query(query: str) -> None:
-    """`room` in the query must be percent-decoded UTF-8 (PROTOCOL §2); it joins nothing. Raises HttpError."""
+def room_in(query: str) -> str | None:
+    """The first `room` of the query: percent-encoded UTF-8 (PROTOCOL §2); it joins nothing. Raises HttpError."""
     for pair in query.split("&") if query else ():
         name, _, value = pair.partition("=")
         if name == "room":
             try:
-                unquote_to_bytes(value).decode("utf-8")
+                return unquote_to_bytes(value).decode("utf-8")
             except UnicodeDecodeError:
                 raise _bad_request("The room in the query is not UTF-8.") from None
+    return None
 
 
 def http_response(status: int, body: bytes, *, headers: str = "", content_type: str = "application/json") -> bytes:
@@ -159,54 +165,99 @@ def http_response(status: int, body: bytes, *, headers: str = "", content_type: 
 
 
 class Door:
-    """What a request may open: the path of the WebSocket, health. One per worker."""
+    """What a request may open: the path of the WebSocket, health. One per worker.
 
-    def __init__(self, relay: Relay, *, path: str, message_bytes: int) -> None:
+    `pass_on(handshake, room, received)`: is another worker asked to serve this connection, because it owns the room?
+    Then either `Handshake.let_go` or `Handshake.serve` follows.
+    """
+
+    def __init__(
+        self,
+        relay: Relay,
+        *,
+        path: str,
+        message_bytes: int,
+        pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
+    ) -> None:
         self.relay = relay
         self.path = path
         self.message_bytes = message_bytes
+        self.pass_on = pass_on
         self.is_ready = True
+        self._adopting: dict[asyncio.Task[Any], socket.socket] = {}
 
     def __call__(self) -> "Handshake":
         """The protocol factory for `loop.create_server`."""
-        return Handshake(self)
+        return Handshake(self, pass_on=self.pass_on)
 
-    def answer(self, head: Head) -> bytes:
-        """The answer to a request: 101 (then frames follow) or whole. Raises HttpError."""
+    def adopt(self, fd: int, received: bytes = b"", *, is_passed: bool = False) -> None:
+        """Serve a connection that was accepted elsewhere, and takes the descriptor over. Call within the loop.
+
+        `received`: what was read from it already; `is_passed`: never pass it on.
+        """
+        loop = asyncio.get_running_loop()
+        pass_on = None if is_passed else self.pass_on
+        end = socket.socket(fileno=fd)
+        end.setblocking(False)
+        task = loop.create_task(loop.connect_accepted_socket(lambda: Handshake(self, received, pass_on=pass_on), end))
+        self._adopting[task] = end
+        task.add_done_callback(self._on_adopted)
+
+    def _on_adopted(self, task: "asyncio.Task[Any]") -> None:
+        end = self._adopting.pop(task)
+        if task.cancelled() or task.exception() is not None:  # no memory or descriptor for it: nobody else to blame
+            end.close()
+            _log.debug("cannot_adopt", reason=str(task.cancelled() or task.exception()))
+
+    def answer(self, head: Head) -> tuple[bytes, str | None]:
+        """The answer to a request, 101 (then frames follow) or whole; and for which room. Raises HttpError."""
         if head.method != "GET":
             raise HttpError("method_not_allowed", "Only GET is answered here.", headers="Allow: GET\r\n")
         if head.path in _LIVE:
-            return http_response(200, b"OK\n", content_type="text/plain")
+            return http_response(200, b"OK\n", content_type="text/plain"), None
         if head.path in _READY:
             if not self.is_ready:
                 raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
-            return http_response(200, b"OK\n", content_type="text/plain")
+            return http_response(200, b"OK\n", content_type="text/plain"), None
         if head.path != self.path:
             raise HttpError("not_found", "There is nothing here.")
-        check_query(head.query)
+        room = room_in(head.query)
         accept, subprotocol = accept_key(head)
         if not self.is_ready:
             raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
         chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
-        return (
+        switching = (
             "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             f"Sec-WebSocket-Accept: {accept}\r\n{chosen}\r\n"
-        ).encode("ascii")
+        )
+        return switching.encode("ascii"), room
 
 
 class Handshake(asyncio.Protocol):
-    """Reads one request head. Its time-out is the connection's first deadline in the wheel."""
+    """Reads one request head. Its time-out is the connection's first deadline in the wheel.
 
-    __slots__ = ("_connection", "_door", "_received", "_transport")
+    `received`: what another worker had read from the connection already. `pass_on`: see `Door`.
+    """
 
-    def __init__(self, door: Door) -> None:
+    __slots__ = ("_connection", "_door", "_pass_on", "_received", "_transport")
+
+    def __init__(
+        self,
+        door: Door,
+        received: bytes = b"",
+        *,
+        pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
+    ) -> None:
         self._door = door
-        self._received = b""
+        self._received = received
+        self._pass_on = pass_on
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
         self._connection = Connection(self._door.relay)
         self._connection.attach(transport)
+        if self._received:
+            self.data_received(b"")
 
     def data_received(self, data: bytes) -> None:
         """Every byte of a head that dribbles in costs a copy of what is there: at most HEAD_BYTES."""
@@ -219,7 +270,10 @@ class Handshake(asyncio.Protocol):
         try:
             if end < 0:
                 raise _bad_request("The request head is too long.")
-            answer = self._door.answer(read_head(received[:end]))
+            answer, room = self._door.answer(read_head(received[:end]))
+            if room is not None and self._pass_on is not None and self._pass_on(self, room, received):
+                self._transport.pause_reading()  # not a byte more: whoever serves it gets what was read
+                return
         except HttpError as refusal:
             self._refuse(refusal)
         except Exception:  # noqa: BLE001 (the acceptor is one of the three places that catch broadly)
@@ -232,6 +286,26 @@ class Handshake(asyncio.Protocol):
                 self._upgrade(answer, received[end + 4 :])
             else:
                 self._connection.send_last(answer)
+
+    def fileno(self) -> int:
+        """The socket's. It stays the transport's."""
+        fd: int = self._transport.get_extra_info("socket").fileno()
+        return fd
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is the connection still there to be passed on, or served?"""
+        return self._connection.is_shaking
+
+    def let_go(self) -> None:
+        """It is another process's connection now: close this descriptor of it."""
+        self._transport.abort()
+
+    def serve(self) -> None:
+        """It is ours after all."""
+        self._pass_on = None
+        self._transport.resume_reading()
+        self.data_received(b"")
 
     def _refuse(self, refusal: HttpError) -> None:
         self._door.relay.count(_REFUSED)
@@ -269,6 +343,48 @@ def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
         room.release()
         websocket.buffer_updated(count)
         data = data[count:]
+
+
+class SharedListener:
+    """Accepts from a listening socket that other processes accept from too, so that one of them wakes per connection.
+
+    Takes the socket over. `serve(fd)` gets each connection, non-blocking and close-on-exec.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, listener: socket.socket, serve: Callable[[int], None]) -> None:
+        listener.setblocking(False)
+        self._loop = loop
+        self._listener = listener
+        self._serve = serve
+        self._epoll = select.epoll(1)
+        self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self._retry: asyncio.TimerHandle | None = None
+        self._watch()
+
+    def _watch(self) -> None:
+        self._loop.add_reader(self._epoll.fileno(), self._on_readable)
+
+    def _on_readable(self) -> None:
+        try:
+            for _ in range(ACCEPTS_PER_TURN):
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                self._serve(connection.detach())
+        except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as reason:  # out of descriptors or memory: others may have some, and so may we in a while
+            _log.warning("cannot_accept", reason=str(reason))
+            self._loop.remove_reader(self._epoll.fileno())
+            self._retry = self._loop.call_later(ACCEPT_RETRY_S, self._watch)
+
+    def close(self) -> None:
+        """Idempotent. The socket stays open in the other processes."""
+        if not self._epoll.closed:
+            if self._retry is not None:
+                self._retry.cancel()
+            self._loop.remove_reader(self._epoll.fileno())
+            self._epoll.close()
+            self._listener.close()
 
 
 class Discard(asyncio.Protocol):

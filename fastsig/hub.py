@@ -127,7 +127,7 @@ class Hub:
         if self._view is None:
             return None
         address = self._view.owner(room)
-        return None if address == self._own else self._neighbour(address)
+        return None if address == self._own else self.neighbour(address)
 
     # ---- called by the relay
 
@@ -325,7 +325,7 @@ class Hub:
 
     def on_link(self, link: Link) -> None:
         """A new way to another worker: first it hears what it may not know, or not know any more."""
-        owner = self._neighbour(link.address)
+        owner = self.neighbour(link.address)
         owner.connect(link)
         for room in owner.rooms_here:
             owner.say(encode(Announce(room.name, entries(room.members), room.max_peers)))
@@ -333,15 +333,15 @@ class Hub:
 
     def on_packet(self, link: Link, packet: memoryview) -> None:
         """What the other has said."""
-        self._neighbour(link.address).take(packet)
+        self.neighbour(link.address).take(packet)
 
     def on_writable(self, link: Link) -> None:
         """The link takes packets again."""
-        self._neighbour(link.address).writable()
+        self.neighbour(link.address).writable()
 
     def on_lost(self, link: Link) -> None:
         """Its peers are out of our rooms; ours stay in its rooms, which are out of reach; what it owed is not coming."""
-        neighbour = self._neighbour(link.address)
+        neighbour = self.neighbour(link.address)
         neighbour.disconnect()
         self._relay.drop_acks_of(neighbour)
         self.rooms.on_lost(neighbour)
@@ -349,7 +349,8 @@ class Hub:
             if request.owner is neighbour:
                 self._give_up(self._withdraw(number), "backend_unavailable")
 
-    def _neighbour(self, address: Address) -> Neighbour:
+    def neighbour(self, address: Address) -> Neighbour:
+        """That worker as this one knows it."""
         neighbour = self._neighbours.get(address)
         if neighbour is None:
             neighbour = self._neighbours[address] = self._relay.add_neighbour(address)

@@ -46,12 +46,13 @@ EVENTS: Final[dict[str, str]] = {
     "worker_given_up": "The worker of `slot` said nothing, or was not ready, for `seconds`: it is killed and replaced.",
     "cannot_pin": "The worker of `slot` cannot be kept on `cpu`, for `reason`: it runs where the system puts it.",
     "cannot_link": "The workers of `slots` cannot be given a new link, for `reason`; this is tried until they can.",
-    "cannot_accept": "Connections of a slot that does not serve cannot be accepted, for `reason`: they wait.",
+    "cannot_accept": "Connections that no other worker accepts are not accepted here either, for `reason`: they wait.",
     "connections_dropped": "No worker took `connections` that were accepted for a slot that does not serve.",
     "worker_failed": "A worker ends because the machine refuses it something, for `reason`.",
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
     "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
+    "cannot_adopt": "A connection that another process had accepted was closed, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",

@@ -45,7 +45,9 @@ METRICS: Final = (
     Metric("sent_bytes_total", "counter", "What the kernel took: frames with their headers, and HTTP answers."),
     Metric("slow_readers_closed_total", "counter", "Connections closed with 4003: they left too much output unread."),
     Metric("unanswered_pings_closed_total", "counter", "Connections closed with 4002: nothing came back to a ping."),
-    Metric("connections_passed_total", "counter", "Connections handed to the owner of their ?room= before the upgrade."),
+    Metric(
+        "connections_passed_total", "counter", "Connections handed to the owner of their ?room= before the upgrade."
+    ),
     Metric("bus_sent_bytes_total", "counter", "Said to other workers."),
     Metric("bus_received_bytes_total", "counter", "Heard from other workers."),
     Metric("links_reset_total", "counter", "Ways to another worker that this one broke off: too much was waiting."),

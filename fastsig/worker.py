@@ -4,7 +4,7 @@ The only module that knows every part. FD is the control channel: its first mess
 and the inherited listening sockets; its end means that the supervisor is gone: the worker drains and ends by itself.
 `Pace` decides who goes when, and does nothing; `Worker` does it.
 
-Invariant: a draining worker that is empty serves on (its health port, its part of rooms that others hold) until the
+Invariant: a draining worker that is empty serves on (its health port, the rooms that it owns for others) until the
 supervisor, which hears of all workers, says `Stop`.
 """
 
@@ -25,12 +25,32 @@ import uvloop
 
 from . import logs, metrics
 from ._relay import Connection, Relay
+from .bus import Link
+from .bus_mesh import Mesh
 from .config import Config, Limits
-from .connection import RECEIVE_BYTES, Door, Edge
-from .control import OVERTIME_S, Boot, Channel, Drain, Failed, Heartbeat, Ready, Reload, Stop, Stopped
-from .errors import CloseCode, ExitCode
+from .connection import RECEIVE_BYTES, Door, Edge, SharedListener
+from .control import (
+    NOTHING,
+    OVERTIME_S,
+    Boot,
+    Channel,
+    Drain,
+    Failed,
+    Hand,
+    Heartbeat,
+    Ready,
+    Reload,
+    Stop,
+    Stopped,
+    ToSupervisor,
+    Unlinked,
+)
+from .control import Link as NewLink
+from .errors import CloseCode, ExitCode, InvariantError
 from .hub import Hub
+from .passing import Passing
 from .protocol import Departure, GoAway
+from .routing import Address
 
 _log = logs.get("fastsig.worker")
 
@@ -40,8 +60,10 @@ HEARTBEAT_S: Final = 0.5
 GOODBYE_S: Final = 2.5  # a peer has 2 s to answer our close (PROTOCOL §3.5); then the wheel drops it
 HURRY_S: Final = 0.25  # the same when the end is forced; the supervisor kills after `FORCED_STOP_S`
 DRAIN_STEP_S: Final = 0.05  # closes that are due within one step go out together
+GATHER_S: Final = 0.25  # a new worker waits so long for what others know of its rooms (ARCHITECTURE §1)
 HEAD_START: Final = 0.1  # of the drain: for so long before its close a client is asked to go by itself
 
+_HOST: Final = ""  # the name of this node: there is one
 _T = TypeVar("_T")
 
 
@@ -86,13 +108,17 @@ class Worker:
         self.relay = Relay(
             call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(limits)
         )
-        self.hub = Hub(self.relay, limits, generation=boot.generation)
+        own = Address(_HOST, boot.slot)
+        self.hub = Hub(self.relay, limits, generation=boot.generation, own=own, view=boot.view)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
         self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
+        self._passing = Passing(loop, self.relay, self.hub, self.door)
+        self._mesh = Mesh(loop, self)
+        self._unsaid: list[ToSupervisor] = []  # what the supervisor had no room for
         self._boot = boot
         self._config = boot.config
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[asyncio.Server | SharedListener] = []
         self._stop: asyncio.Future[Stop] = loop.create_future()
         self._hurry_until = math.inf  # a forced stop came: nobody is waited for any longer
         self._is_orphan = False  # the supervisor is gone
@@ -103,8 +129,8 @@ class Worker:
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-            backlog = self._boot.config.server.backlog
-            self._servers.append(await self._loop.create_server(self.door, sock=listener, backlog=backlog))
+            self._servers.append(await self._listen(listener))
+        self._join_mesh()
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
         self._beat()
@@ -113,16 +139,73 @@ class Worker:
         await self._close_all(await self._stop)
         return ExitCode.OK
 
+    async def _listen(self, listener: socket.socket) -> asyncio.Server | SharedListener:
+        if self._boot.shares_listeners:
+            return SharedListener(self._loop, listener, self.door.adopt)
+        return await self._loop.create_server(self.door, sock=listener, backlog=self._boot.config.server.backlog)
+
+    def _join_mesh(self) -> None:
+        """The links that came with `Boot`: what the others announce over them comes before any join."""
+        links = [self._channel.receive() for _ in range(self._boot.links)]
+        self.hub.rooms.gather(Address(_HOST, link.slot) for link in links if isinstance(link, NewLink))
+        for link in links:
+            if not isinstance(link, NewLink):
+                raise InvariantError(f"{link} where a link was announced")
+            self._link(link)
+        self._loop.call_later(GATHER_S, self.hub.rooms.end_gathering)
+
+    def _link(self, link: NewLink) -> None:
+        self._mesh.add(Address(_HOST, link.slot), link.generation, link.serial, socket.socket(fileno=link.fds[0]))
+
     def _on_control(self) -> None:
-        match self._channel.receive():
+        """All there is: once the supervisor is gone the loop may not call for the rest (see `bus_mesh`)."""
+        while (message := self._channel.receive()) is not NOTHING:
+            self._handle(message)
+            if message is None:
+                break
+
+    def _handle(self, message: object) -> None:
+        match message:
             case None:
                 self._on_orphaned()
+            case NewLink() as link:
+                self._link(link)
+            case Hand(fds):
+                for fd in fds:
+                    self.door.adopt(fd)
             case Drain() as drain:
                 self._begin_drain(drain)
             case Reload(config):
                 self._configure(config)
             case Stop() as stop:
                 self._end(stop)
+
+    # ---- what the mesh calls
+
+    def on_link(self, link: Link) -> None:
+        """A new way to another worker."""
+        self.hub.on_link(link)
+
+    def on_packet(self, link: Link, packet: memoryview, fds: list[int]) -> None:
+        """What the other has said."""
+        self._passing.arrived = fds
+        try:
+            self.hub.on_packet(link, packet)
+        finally:
+            for fd in fds:  # nobody took them
+                os.close(fd)
+
+    def on_writable(self, link: Link) -> None:
+        """The link takes packets again."""
+        self.hub.on_writable(link)
+
+    def on_lost(self, link: Link) -> None:
+        """The way is gone, and perhaps the worker: the supervisor knows, and makes a new one."""
+        self._passing.on_lost(self.hub.neighbour(link.address))
+        self.hub.on_lost(link)
+        self._send(Unlinked(link.address.slot, link.serial))
+
+    # ---- what the supervisor says
 
     def _configure(self, config: Config) -> None:
         """All at once: no message is handled under half of it."""
@@ -152,16 +235,28 @@ class Worker:
         self._loop.call_later(TICK_S, self._tick)  # first: time goes on, whatever the tick brings up
         self._edge.retry()
         self.relay.tick(time.monotonic())
+        self.hub.tick(time.monotonic())
 
     def _beat(self) -> None:
-        self._send(Heartbeat())
         self._loop.call_later(HEARTBEAT_S, self._beat)
+        self._say_unsaid()
+        with contextlib.suppress(OSError):  # the next one says it again
+            self._channel.send(Heartbeat())
 
-    def _send(self, message: Heartbeat | Stopped) -> None:
+    def _send(self, message: ToSupervisor) -> None:
+        self._unsaid.append(message)
+        self._say_unsaid()
+
+    def _say_unsaid(self) -> None:
+        """In order. The supervisor may read nothing for a while; that it is gone is learned by `_on_control`."""
         try:
-            self._channel.send(message)
-        except OSError:  # the supervisor is gone, which `_on_control` learns by itself; or it reads nothing for now
+            while self._unsaid:
+                self._channel.send(self._unsaid[0])
+                del self._unsaid[0]
+        except BlockingIOError:
             return
+        except OSError:
+            self._unsaid.clear()
 
     # ---- the end
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
-    ("edge", "connection ops"),
+    ("edge", "connection passing ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
     ("process", "control systemd status worker cpus supervisor"),
     ("outside", "client cli"),

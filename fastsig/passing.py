@@ -1,0 +1,102 @@
+"""A connection that names a room in its URL goes to the worker that owns it, before its request is answered.
+
+The accepting worker has read the request head when it knows the room: it stops reading, and offers the descriptor
+together with what it has read. Nothing is lost thereby, and no byte is peeked at and read again: a connection that
+names no room costs nothing here.
+
+Invariant: at no time do two processes read or write one connection. The other worker touches it only after `Confirm`,
+which the offering one sends only while it still holds the connection unanswered. So an answer that comes too late, or
+never, is harmless: the connection is served where it was accepted. A passed connection is never passed again.
+
+Must not know: what is in a request. Read `connection` for `Handshake`, `bus_messages` for what the two workers say.
+"""
+
+import asyncio
+import itertools
+import os
+from typing import Final
+
+from . import metrics
+from ._relay import Neighbour, Relay
+from .bus_messages import Accept, Confirm, Offer, encode
+from .connection import Door, Handshake
+from .hub import Hub
+
+ANSWER_S: Final = 0.25  # then it is served here (ARCHITECTURE §1)
+UNDECIDED: Final = 1024  # offers at once, in either direction; what is above is served where it was accepted
+
+_PASSED: Final = metrics.INDEX["connections_passed_total"]
+
+
+class Passing:
+    """Both sides of it, for one worker."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, relay: Relay, hub: Hub, door: Door) -> None:
+        self.arrived: list[int] = []  # the descriptors of the packet that is being read
+        self._loop = loop
+        self._relay = relay
+        self._hub = hub
+        self._door = door
+        self._numbers = itertools.count(1)
+        self._offers: dict[int, tuple[Neighbour, Handshake, asyncio.TimerHandle]] = {}
+        self._offered: dict[tuple[Neighbour, int], tuple[int, bytes]] = {}
+        door.pass_on = self.offer
+        hub.handle(Offer, self._on_offer)
+        hub.handle(Accept, self._on_accept)
+        hub.handle(Confirm, self._on_confirm)
+
+    def on_lost(self, neighbour: Neighbour) -> None:
+        """Nothing was confirmed to us that we have not heard; what we have not confirmed is ours."""
+        for key in [key for key in self._offered if key[0] is neighbour]:
+            os.close(self._offered.pop(key)[0])
+        for number in [number for number, offer in self._offers.items() if offer[0] is neighbour]:
+            self._serve_here(number)
+
+    # ---- the worker that accepted it
+
+    def offer(self, handshake: Handshake, room: str, received: bytes) -> bool:
+        """Ask the owner of the room to serve it. False when there is nobody to ask: serve it at once."""
+        owner = self._hub.owner(room)
+        if owner is None or not owner.is_open or not owner.link.is_local or len(self._offers) >= UNDECIDED:
+            return False
+        number = next(self._numbers)
+        if not owner.say_now(encode(Offer(number, received)), (handshake.fileno(),)):
+            return False
+        self._offers[number] = (owner, handshake, self._loop.call_later(ANSWER_S, self._serve_here, number))
+        return True
+
+    def _on_accept(self, owner: Neighbour, word: Accept) -> None:
+        offer = self._offers.get(word.request)
+        is_yours = word.is_willing and offer is not None and offer[1].is_waiting
+        if word.is_willing:
+            owner.say(encode(Confirm(word.request, is_yours)))
+        if offer is None:
+            return
+        if is_yours:
+            del self._offers[word.request]
+            offer[2].cancel()
+            offer[1].let_go()
+            self._relay.count(_PASSED)
+        else:
+            self._serve_here(word.request)
+
+    def _serve_here(self, number: int) -> None:
+        _, handshake, timer = self._offers.pop(number)
+        timer.cancel()
+        if handshake.is_waiting:
+            handshake.serve()
+
+    # ---- the worker that owns the room
+
+    def _on_offer(self, neighbour: Neighbour, word: Offer) -> None:
+        is_willing = self._door.is_ready and bool(self.arrived) and len(self._offered) < UNDECIDED
+        if is_willing:
+            self._offered[neighbour, word.request] = (self.arrived.pop(), word.data)
+        neighbour.say(encode(Accept(word.request, is_willing)))
+
+    def _on_confirm(self, neighbour: Neighbour, word: Confirm) -> None:
+        fd, received = self._offered.pop((neighbour, word.request))
+        if word.is_yours:
+            self._door.adopt(fd, received, is_passed=True)
+        else:
+            os.close(fd)
