@@ -169,8 +169,7 @@ cdef enum:
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
     PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
     FRAME_BYTES = 65536     # a longer frame between workers goes in pieces
-    LINK_BYTES = 16777216   # not with a neighbour yet, or four messages if that is more: then the link is reset;
-                            # at half of it relays are refused
+    LINK_BYTES = 16777216   # not with a neighbour yet (four messages if that is more): at half relays are refused
 
 cdef enum Frame:  # between workers: uint32 length of what follows, one byte of kind, then as the writer has it
     WORD       # what `bus_messages` says
@@ -1739,7 +1738,7 @@ cdef class Relay:
             member.home._told(member.n, text)
 
     def add_neighbour(self, address):
-        """Another worker. It is there, as far as we are concerned, until this relay ends: only its links come and go."""
+        """Another worker. For us it is there until this relay ends: only its links come and go."""
         cdef Neighbour neighbour = Neighbour.__new__(Neighbour)
         neighbour.address = address
         neighbour.relay = self
@@ -1977,8 +1976,6 @@ cdef class Relay:
     cdef int _relay(self, Connection connection) except -1:
         cdef fs_envelope *e = &self.envelope
         cdef Member sender
-        cdef uint32_t delivered
-        cdef size_t n
         if e.room.p == NULL:
             return self._refuse(connection, "bad_message", None)
         if connection.raw is None:

@@ -50,7 +50,7 @@ from .bus_messages import (
 from .config import Limits
 from .errors import CATALOGUE, CloseCode, ProtocolError
 from .rooms import Rooms, entries
-from .routing import Address, View
+from .routing import Address, Place
 
 _log = logs.get("fastsig.hub")
 
@@ -71,25 +71,22 @@ class _Request(NamedTuple):
 
 
 class Hub:
-    """Decides for one worker. `own` is its address in `view`; without a view it owns every room."""
+    """Decides for one worker, the one at `place`."""
 
     def __init__(
         self,
         relay: Relay,
         limits: Limits,
         *,
-        generation: int = 1,
-        own: Address | None = None,
-        view: View | None = None,
+        place: Place = Place(),  # noqa: B008 (it is immutable)
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
         make_id: Callable[[], str] | None = None,
     ) -> None:
-        self.rooms = Rooms(relay, limits, generation=generation)
+        self.rooms = Rooms(relay, limits, generation=place.generation)
         self._relay = relay
         self._limits = limits
-        self._own = own
-        self._view = view
+        self._place = place
         self._clock = clock
         self._unix_clock = unix_clock
         self._make_id = make_id or (lambda: secrets.token_urlsafe(16))
@@ -124,10 +121,8 @@ class Hub:
 
     def owner(self, room: str) -> Neighbour | None:
         """The worker that owns a room; None: this one."""
-        if self._view is None:
-            return None
-        address = self._view.owner(room)
-        return None if address == self._own else self.neighbour(address)
+        address = self._place.owner(room)
+        return None if address is None else self.neighbour(address)
 
     # ---- called by the relay
 
@@ -340,7 +335,7 @@ class Hub:
         self.neighbour(link.address).writable()
 
     def on_lost(self, link: Link) -> None:
-        """Its peers are out of our rooms; ours stay in its rooms, which are out of reach; what it owed is not coming."""
+        """Its peers are out of our rooms; ours stay in its rooms, out of reach; what it owed is not coming."""
         neighbour = self.neighbour(link.address)
         neighbour.disconnect()
         self._relay.drop_acks_of(neighbour)

@@ -233,7 +233,7 @@ def _first_decides(member: Member, max_peers: int | None) -> None:
 
 
 def _probe(holder: Member) -> None:
-    if holder.connection is not None:
+    if holder.home is None:
         holder.connection.probe()
-    elif holder.home is not None:
+    else:
         holder.home.say(encode(Probe(holder.n)))

@@ -1,7 +1,5 @@
 """Where a room lives: addresses, views of the workers there are, the one owner of each room, the ordinals of members.
 
-Nothing but the ordinals is wired in yet: the mesh between workers, which comes next, is what will ask for owners.
-
 Pure: no I/O, no clock, no randomness. Two processes that hold the same `View` give the same answers, without asking
 each other: nothing here depends on the order of what they were told, on PYTHONHASHSEED, or on the machine.
 
@@ -71,6 +69,19 @@ class View(Struct, frozen=True, dict=True):
             node: {slot: _seed(self.key, "slot", f"{slot} {node}") for slot in sorted(self.nodes[node])}
             for node in self._node_seeds
         }
+
+
+class Place(NamedTuple):
+    """Where a worker stands: its address, which life of its slot it is, and who else there is (None: nobody)."""
+
+    address: Address = Address("", 0)
+    generation: int = 1
+    view: View | None = None
+
+    def owner(self, room: str) -> Address | None:
+        """The worker that owns `room`; None is this one."""
+        address = self.address if self.view is None else self.view.owner(room)
+        return None if address == self.address else address
 
 
 def ordinals(generation: int) -> Iterator[int]:

@@ -38,6 +38,7 @@ from .control import (
     Failed,
     Hand,
     Heartbeat,
+    Link as NewLink,
     Ready,
     Reload,
     Stop,
@@ -45,12 +46,11 @@ from .control import (
     ToSupervisor,
     Unlinked,
 )
-from .control import Link as NewLink
 from .errors import CloseCode, ExitCode, InvariantError
 from .hub import Hub
 from .passing import Passing
 from .protocol import Departure, GoAway
-from .routing import Address
+from .routing import Address, Place
 
 _log = logs.get("fastsig.worker")
 
@@ -108,8 +108,7 @@ class Worker:
         self.relay = Relay(
             call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(limits)
         )
-        own = Address(_HOST, boot.slot)
-        self.hub = Hub(self.relay, limits, generation=boot.generation, own=own, view=boot.view)
+        self.hub = Hub(self.relay, limits, place=Place(Address(_HOST, boot.slot), boot.generation, boot.view))
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
         self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
