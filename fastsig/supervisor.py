@@ -710,6 +710,9 @@ class Supervisor:
 
     def _start_due(self) -> None:
         for start in self._fleet.starts(time.monotonic()):
+            if self._fleet.is_stopping:  # the one before could not be started, which ended the launch
+                self._fleet.on_death(start.slot, "not started", time.monotonic())
+                continue
             try:
                 worker = self._start(start)
             except (OSError, ControlError) as error:

@@ -145,6 +145,14 @@ def test_worker_that_cannot_start_ends_the_launch_with_3_and_one_line(tmp_path: 
     assert '"cannot_start"' in line and reason in line
 
 
+def test_workers_that_cannot_be_executed_end_the_launch_with_3_and_one_line(tmp_path: Path) -> None:
+    process = run_with(tmp_path, "", slots=3, prepare="supervisor.sys.executable = '/no/such/python'")
+    _, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == 3
+    (line,) = stderr.splitlines()
+    assert '"cannot_start"' in line and "worker 0 cannot be started" in line
+
+
 def test_worker_that_ends_badly_when_told_to_stop_spoils_the_exit_code(tmp_path: Path) -> None:
     process = run_with(tmp_path, "channel.send(Ready(1)); channel.receive(); sys.exit(4)")
     assert process.stderr is not None
@@ -630,6 +638,24 @@ def test_more_workers_than_descriptors_end_the_start_in_one_line(tmp_path: Path)
         assert process.returncode == 3
         (line,) = process.stderr.splitlines()
         assert '"cannot_start"' in line and says in line and "ulimit -n" in line and "--workers" in line
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o500])
+def test_runtime_folder_that_cannot_be_used_costs_a_warning_and_no_service(
+    fleet: Callable[..., Fleet], tmp_path: Path, mode: int
+) -> None:
+    """Root may use any folder, so the supervisor gives up that right."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode)
+    made = fleet(
+        options={"server.runtime_dir": str(folder)},
+        prepare="import ctypes; of_version_3, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()\n"
+        "assert ctypes.CDLL(None).capset(of_version_3, none) == 0",
+    )
+    (warning,) = made.said("status_unavailable")
+    assert "Permission denied" in warning["reason"]
+    assert made.ask(10).total() == 10
+    assert made.stop() == 0
 
 
 def test_many_workers_start_and_end_within_the_usual_descriptors(fleet: Callable[..., Fleet]) -> None:
