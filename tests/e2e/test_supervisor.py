@@ -261,7 +261,7 @@ SERVING = """\
                         say("hand", count=len(fds))
                         for fd in fds: answer(socket.socket(fileno=fd))
                     case Reload(): on_reload(); say("reload")
-                    case Drain(): channel.send(Stopped())
+                    case Drain(): channel.send(Stopped()); say("drain")
                     case Stop() | None: sys.exit(0)
 """
 
@@ -532,17 +532,20 @@ def test_nobody_is_blamed_for_time_in_which_the_supervisor_was_stopped(fleet: Ca
 
 
 def test_nothing_is_handed_on_while_the_server_ends(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=2, special="def on_reload(): os.kill(os.getpid(), 19) if boot.slot == 0 else None")
-    os.kill(made.pid(0), signal.SIGSTOP)
+    made = fleet(slots=2)
+    stopped = made.pid(0)
+    os.kill(stopped, signal.SIGSTOP)
     made.wait_for(1, "worker_stuck", slot=0)
-    address = made.address
+    assert made.ask(20) == {"1": 20}
+    before = len(made.said("hand"))
     made.process.send_signal(signal.SIGTERM)
-    made.wait_for(1, "stopping")
-    with contextlib.suppress(OSError):
-        for _ in range(10):
-            socket.create_connection(address, END_S).close()
-    os.kill(made.pid(0), signal.SIGCONT)
+    made.wait_for(1, "drain", slot=1)
+    clients = [socket.create_connection(made.address, END_S) for _ in range(20)]
+    os.kill(stopped, signal.SIGCONT)
     assert made.stop() == 0
+    for client in clients:
+        client.close()
+    assert before and len(made.said("hand")) == before
     assert not made.said("worker_given_up")
 
 
