@@ -485,6 +485,16 @@ def test_connections_of_a_stopped_worker_are_handed_on_and_it_is_replaced(fleet:
     assert made.stop() == 0
 
 
+def test_connections_that_were_handed_to_one_that_had_just_stopped_are_handed_on(fleet: Callable[..., Fleet]) -> None:
+    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0; supervisor.REPLACE_S = 2.0")
+    os.kill(made.pid(0), signal.SIGKILL)
+    made.wait_for(1, "worker_died", slot=0)
+    os.kill(made.pid(1), signal.SIGSTOP)
+    assert made.ask(60) == {"2": 60}
+    assert made.said("worker_given_up", slot=1)
+    assert made.stop() == 0
+
+
 def test_worker_that_goes_on_in_time_is_left_alone(fleet: Callable[..., Fleet]) -> None:
     made = fleet(slots=2)
     os.kill(made.pid(0), signal.SIGSTOP)
