@@ -560,7 +560,7 @@ def test_nothing_is_handed_on_while_the_server_ends(fleet: Callable[..., Fleet])
 
 
 @pytest.mark.timeout(180)
-def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet]) -> None:
     made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = supervisor.LONGEST_RETRY_S = 0.0")
     pid = made.process.pid
 
@@ -574,8 +574,7 @@ def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet], caps
     descriptors, memory = _settled(pid)
     kill(100)
     after, more = _settled(pid)
-    with capsys.disabled():
-        print(f"\n100 kills: descriptors {descriptors} to {after}, resident KiB {memory} to {more}")
+    print(f"100 kills: descriptors {descriptors} to {after}, resident KiB {memory} to {more}")
     assert after == descriptors
     assert more - memory < 512
     assert len(children(pid)) == 3

@@ -439,9 +439,10 @@ async def test_message_that_must_wait_is_sent_in_order_as_soon_as_there_is_room(
     outbox.send(Drain(1.0, 2.0))
     assert not outbox.offer(Hand()), "nothing overtakes what waits"
     heard = _all_of(worker)
-    while len(heard) < count + 2:
-        await asyncio.sleep(0)
-        heard += _all_of(worker)
+    async with asyncio.timeout(10):
+        while len(heard) < count + 2:
+            await asyncio.sleep(0)
+            heard += _all_of(worker)
     link, drain = heard[-2:]
     assert isinstance(link, Link) and drain == Drain(1.0, 2.0)
     control.close_all(link.fds)
