@@ -12,8 +12,11 @@ What a worker inherits by its execution (listening sockets, the counters) is nam
 import array
 import contextlib
 import enum
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections.abc import Iterable
 from typing import Final, Literal
 
@@ -203,6 +206,10 @@ class Channel:
             raise InvariantError(f"a control message with {len(fds)} descriptors; the limit is {DESCRIPTORS}")
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self._socket.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
+
+    def has_unread(self) -> bool:
+        """Is there anything sent that the other end has not received? Not after its end, which drops all of that."""
+        return int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(_INT_BYTES)), sys.byteorder) > 0
 
     def receive(self) -> Message | Literal[_Nothing.NOTHING] | None:
         """The next message; NOTHING when there is none yet; None at the end of the channel. Raises ControlError.

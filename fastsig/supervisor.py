@@ -75,6 +75,7 @@ ACCEPTS: Final = 16  # in one turn, from one socket of a slot that does not serv
 HANDED: Final = 8  # at most in one message, so that all who serve get some
 IN_HAND: Final = 64  # connections that are accepted, and not with a worker yet
 IN_HAND_S: Final = 5.0
+CONFIRM_S: Final = 0.005  # until it is looked whether a worker has received what it was handed
 SPARE_DESCRIPTORS: Final = 128  # those in hand, and whatever else comes up while the server runs
 PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
@@ -335,6 +336,7 @@ class _Outbox:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._waiting: deque[ToWorker] = deque()
+        self._unread: list[int] = []  # copies of what was offered and perhaps not received yet
         self._is_watched = False
 
     def send(self, message: ToWorker) -> None:
@@ -344,15 +346,28 @@ class _Outbox:
         self.flush()
 
     def offer(self, message: ToWorker) -> bool:
-        """Now or not at all: then its descriptors are still the caller's."""
-        if self._waiting:
+        """Now or not at all: then its descriptors are still the caller's. Else `confirm` closes them, or `take_back`
+        gives them up again."""
+        fds = control.descriptors(message)
+        self.confirm()
+        if self._waiting or len(self._unread) + len(fds) > control.DESCRIPTORS:
             return False
         try:
             self._channel.send(message)
         except OSError:
             return False
-        control.close_all(control.descriptors(message))
+        self._unread += fds
         return True
+
+    def confirm(self) -> None:
+        """Close what was offered, once it was received; soon, for a peer hears of no close while a copy is open."""
+        if self._unread and not self._channel.has_unread():
+            control.close_all(self.take_back())
+
+    def take_back(self) -> list[int]:
+        """The copies of what was offered, now the caller's: to be used only when the worker has ended."""
+        fds, self._unread = self._unread, []
+        return fds
 
     def flush(self) -> None:
         is_full = False
@@ -371,6 +386,7 @@ class _Outbox:
         """Idempotent. Nothing that waits is ever sent to anybody else."""
         self._watch(is_full=False)
         self._drop()
+        control.close_all(self.take_back())
 
     def _supersede(self, message: ToWorker) -> bool:
         """Only the newest configuration, and the newest link to a slot, are wanted.
@@ -492,6 +508,12 @@ class _Deputy:
             control.close_all(late)
             self._in_hand = deque(item for item in self._in_hand if item[0] not in late)
         self._is_paused = len(self._in_hand) >= IN_HAND
+
+    def take(self, fds: Iterable[int]) -> None:
+        """Connections that a worker which has ended may never have seen."""
+        now = time.monotonic()
+        self._in_hand.extend((fd, now) for fd in fds)
+        self._hand_on()
 
     def close(self) -> None:
         """Idempotent; before the listening sockets are closed."""
@@ -660,6 +682,8 @@ class Supervisor:
                 worker.process.kill()
             else:
                 worker.log.warning("worker_stuck", seconds=seconds)
+        for worker in self._workers.values():
+            worker.outbox.confirm()
         self._deputy.resume(now)
         for lower, higher in sorted(self._unlinked):
             self._link(lower, higher)
@@ -669,7 +693,9 @@ class Supervisor:
         slots = self._fleet.accepting()
         for _ in slots:
             self._turn += 1
-            if self._workers[slots[self._turn % len(slots)]].outbox.offer(Hand(fds)):
+            outbox = self._workers[slots[self._turn % len(slots)]].outbox
+            if outbox.offer(Hand(fds)):
+                asyncio.get_running_loop().call_later(CONFIRM_S, outbox.confirm)
                 return True
         return False
 
@@ -710,6 +736,9 @@ class Supervisor:
 
     def _start_due(self) -> None:
         for start in self._fleet.starts(time.monotonic()):
+            if self._fleet.is_stopping:  # the one before could not be started, which ended the launch
+                self._fleet.on_death(start.slot, "not started", time.monotonic())
+                continue
             try:
                 worker = self._start(start)
             except (OSError, ControlError) as error:
@@ -850,13 +879,16 @@ class Supervisor:
         del self._workers[worker.slot]
         self._links = {slots: newest for slots, newest in self._links.items() if worker.slot not in slots}
         self._unlinked = {slots for slots in self._unlinked if worker.slot not in slots}
+        unseen = worker.outbox.take_back()
         status = worker.close()
         self._counters.zero_gauges(worker.slot)
         words = f"signal {_signal_name(-status)}" if status < 0 else f"code {status}"
         reason = worker.reason or f"worker {worker.slot} ended with {words}"
         if not self._fleet.is_stopping:
             self._replace(worker.slot, reason, worker.log)
+            self._deputy.take(unseen)
             return
+        control.close_all(unseen)
         self._fleet.on_death(worker.slot, reason, time.monotonic())
         if not self._are_shared:
             _close([self._listeners[worker.slot]])  # nobody accepts there any more

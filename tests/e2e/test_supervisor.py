@@ -145,6 +145,14 @@ def test_worker_that_cannot_start_ends_the_launch_with_3_and_one_line(tmp_path: 
     assert '"cannot_start"' in line and reason in line
 
 
+def test_workers_that_cannot_be_executed_end_the_launch_with_3_and_one_line(tmp_path: Path) -> None:
+    process = run_with(tmp_path, "", slots=3, prepare="supervisor.sys.executable = '/no/such/python'")
+    _, stderr = process.communicate(timeout=END_S)
+    assert process.returncode == 3
+    (line,) = stderr.splitlines()
+    assert '"cannot_start"' in line and "worker 0 cannot be started" in line
+
+
 def test_worker_that_ends_badly_when_told_to_stop_spoils_the_exit_code(tmp_path: Path) -> None:
     process = run_with(tmp_path, "channel.send(Ready(1)); channel.receive(); sys.exit(4)")
     assert process.stderr is not None
@@ -253,7 +261,7 @@ SERVING = """\
                         say("hand", count=len(fds))
                         for fd in fds: answer(socket.socket(fileno=fd))
                     case Reload(): on_reload(); say("reload")
-                    case Drain(): channel.send(Stopped())
+                    case Drain(): channel.send(Stopped()); say("drain")
                     case Stop() | None: sys.exit(0)
 """
 
@@ -477,6 +485,16 @@ def test_connections_of_a_stopped_worker_are_handed_on_and_it_is_replaced(fleet:
     assert made.stop() == 0
 
 
+def test_connections_that_were_handed_to_one_that_had_just_stopped_are_handed_on(fleet: Callable[..., Fleet]) -> None:
+    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0; supervisor.REPLACE_S = 2.0")
+    os.kill(made.pid(0), signal.SIGKILL)
+    made.wait_for(1, "worker_died", slot=0)
+    os.kill(made.pid(1), signal.SIGSTOP)
+    assert made.ask(60) == {"2": 60}
+    assert made.said("worker_given_up", slot=1)
+    assert made.stop() == 0
+
+
 def test_worker_that_goes_on_in_time_is_left_alone(fleet: Callable[..., Fleet]) -> None:
     made = fleet(slots=2)
     os.kill(made.pid(0), signal.SIGSTOP)
@@ -524,22 +542,25 @@ def test_nobody_is_blamed_for_time_in_which_the_supervisor_was_stopped(fleet: Ca
 
 
 def test_nothing_is_handed_on_while_the_server_ends(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=2, special="def on_reload(): os.kill(os.getpid(), 19) if boot.slot == 0 else None")
-    os.kill(made.pid(0), signal.SIGSTOP)
+    made = fleet(slots=2)
+    stopped = made.pid(0)
+    os.kill(stopped, signal.SIGSTOP)
     made.wait_for(1, "worker_stuck", slot=0)
-    address = made.address
+    assert made.ask(20) == {"1": 20}
+    before = len(made.said("hand"))
     made.process.send_signal(signal.SIGTERM)
-    made.wait_for(1, "stopping")
-    with contextlib.suppress(OSError):
-        for _ in range(10):
-            socket.create_connection(address, END_S).close()
-    os.kill(made.pid(0), signal.SIGCONT)
+    made.wait_for(1, "drain", slot=1)
+    clients = [socket.create_connection(made.address, END_S) for _ in range(20)]
+    os.kill(stopped, signal.SIGCONT)
     assert made.stop() == 0
+    for client in clients:
+        client.close()
+    assert before and len(made.said("hand")) == before
     assert not made.said("worker_given_up")
 
 
 @pytest.mark.timeout(180)
-def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet]) -> None:
     made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = supervisor.LONGEST_RETRY_S = 0.0")
     pid = made.process.pid
 
@@ -553,8 +574,7 @@ def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet], caps
     descriptors, memory = _settled(pid)
     kill(100)
     after, more = _settled(pid)
-    with capsys.disabled():
-        print(f"\n100 kills: descriptors {descriptors} to {after}, resident KiB {memory} to {more}")
+    print(f"100 kills: descriptors {descriptors} to {after}, resident KiB {memory} to {more}")
     assert after == descriptors
     assert more - memory < 512
     assert len(children(pid)) == 3
@@ -630,6 +650,24 @@ def test_more_workers_than_descriptors_end_the_start_in_one_line(tmp_path: Path)
         assert process.returncode == 3
         (line,) = process.stderr.splitlines()
         assert '"cannot_start"' in line and says in line and "ulimit -n" in line and "--workers" in line
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o500])
+def test_runtime_folder_that_cannot_be_used_costs_a_warning_and_no_service(
+    fleet: Callable[..., Fleet], tmp_path: Path, mode: int
+) -> None:
+    """Root may use any folder, so the supervisor gives up that right."""
+    folder = tmp_path / "run"
+    folder.mkdir(mode)
+    made = fleet(
+        options={"server.runtime_dir": str(folder)},
+        prepare="import ctypes; of_version_3, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()\n"
+        "assert ctypes.CDLL(None).capset(of_version_3, none) == 0",
+    )
+    (warning,) = made.said("status_unavailable")
+    assert "Permission denied" in warning["reason"]
+    assert made.ask(10).total() == 10
+    assert made.stop() == 0
 
 
 def test_many_workers_start_and_end_within_the_usual_descriptors(fleet: Callable[..., Fleet]) -> None:

@@ -237,6 +237,19 @@ def test_descriptors_arrive_open_and_under_numbers_of_the_receiver(ends: Pair, p
     os.close(arrived)
 
 
+def test_sender_knows_whether_all_was_received(ends: Pair, pipe: tuple[int, int]) -> None:
+    ours, theirs = ends
+    ours.send(Heartbeat())
+    ours.send(Hand([pipe[0]]))
+    known = [ours.has_unread()]
+    for _ in range(2):
+        message = theirs.receive()
+        known.append(ours.has_unread())
+    assert known == [True, True, False]
+    assert isinstance(message, Hand)
+    control.close_all(message.fds)
+
+
 def test_order_of_descriptors_is_kept(ends: Pair, pipe: tuple[int, int]) -> None:
     ours, theirs = ends
     ours.send(Hand([*pipe]))

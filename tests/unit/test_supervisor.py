@@ -439,9 +439,10 @@ async def test_message_that_must_wait_is_sent_in_order_as_soon_as_there_is_room(
     outbox.send(Drain(1.0, 2.0))
     assert not outbox.offer(Hand()), "nothing overtakes what waits"
     heard = _all_of(worker)
-    while len(heard) < count + 2:
-        await asyncio.sleep(0)
-        heard += _all_of(worker)
+    async with asyncio.timeout(10):
+        while len(heard) < count + 2:
+            await asyncio.sleep(0)
+            heard += _all_of(worker)
     link, drain = heard[-2:]
     assert isinstance(link, Link) and drain == Drain(1.0, 2.0)
     control.close_all(link.fds)
@@ -485,6 +486,47 @@ async def test_what_waits_is_closed_with_the_outbox(told: tuple[_Outbox, Channel
     reader, writer = _pipe_end()
     outbox.send(Link(1, 1, 1, [writer]))
     outbox.close()
+    assert _is_closed(reader)
+    os.close(reader)
+
+
+def test_copy_of_what_was_offered_is_kept_until_it_is_received(told: tuple[_Outbox, Channel]) -> None:
+    outbox, worker = told
+    reader, writer = _pipe_end()
+    assert outbox.offer(Hand([writer]))
+    outbox.confirm()
+    os.write(writer, b"open still")
+    (hand,) = _all_of(worker)
+    control.close_all(control.descriptors(hand))
+    outbox.confirm()
+    os.read(reader, 100)
+    assert _is_closed(reader)
+    os.close(reader)
+
+
+def test_what_was_offered_to_one_that_ended_unheard_can_be_taken_back(told: tuple[_Outbox, Channel]) -> None:
+    outbox, worker = told
+    reader, writer = _pipe_end()
+    assert outbox.offer(Hand([writer]))
+    worker.close()
+    (back,) = outbox.take_back()
+    outbox.close()
+    assert back == writer and not _is_closed(reader)
+    control.close_all([reader, writer])
+
+
+def test_worker_is_offered_no_more_than_it_may_leave_unread(told: tuple[_Outbox, Channel]) -> None:
+    outbox, worker = told
+    pipes = [os.pipe() for _ in range(control.DESCRIPTORS // 2)]
+    assert outbox.offer(Hand([fd for pair in pipes for fd in pair]))
+    reader, writer = _pipe_end()
+    assert not outbox.offer(Hand([writer]))
+    (hand,) = _all_of(worker)
+    control.close_all(control.descriptors(hand))
+    assert outbox.offer(Hand([writer]))
+    (hand,) = _all_of(worker)
+    control.close_all(control.descriptors(hand))
+    outbox.confirm()
     assert _is_closed(reader)
     os.close(reader)
 
