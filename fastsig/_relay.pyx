@@ -1721,13 +1721,17 @@ cdef class Relay:
                 raise InvariantError("a member has a connection here or a home elsewhere, one of the two")
         return 0
 
-    def publish(self, Room room not None, bytes text not None, Member but=None, bytes word=None):
+    def publish(self, Room room not None, bytes text not None, Member but=None, bytes word=None, Neighbour knows=None):
         """One text message of the server to all members of a room, `but` one. Framed once. For those whose connection
-        is elsewhere `word` goes to each worker that has any; a room with guests needs one."""
+        is elsewhere `word` goes to each worker that has any, but to the one that `knows`; a room with guests needs one.
+        """
         cdef size_t n = PyBytes_GET_SIZE(text)
         if room.guests and word is None:
             raise InvariantError("what guests are to hear needs a word for their homes")
         put_bytes(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), text)
+        if knows is not None:
+            knows.fan_out = self.fan_outs + 1  # the one that follows takes it as served
+            knows.is_skipped = False
         self._fan_out(room, but, header_size(n), n, word)
 
     def tell(self, Member member not None, bytes text not None):

@@ -175,7 +175,7 @@ class TwinLink:
         self._capacity = capacity
         self._inbox: deque[tuple[bytes, list[int]]] = deque()
         self._inbox_bytes = 0
-        self._is_announced = self._is_awake = self._is_cut = self._is_over = self._is_refusing = False
+        self.is_announced = self._is_awake = self._is_cut = self._is_over = self._is_refusing = False
 
     def __repr__(self) -> str:
         return f"<TwinLink {self.serial} to {self.address.node}:{self.address.slot} generation {self.generation}>"
@@ -198,7 +198,7 @@ class TwinLink:
 
     def begin(self) -> None:
         """Announce it; what it got before follows."""
-        self._is_announced = True
+        self.is_announced = True
         self._wake()
         self.receiver.on_link(self)
 
@@ -231,11 +231,11 @@ class TwinLink:
         self.other.cut()
 
     def _expect_announced(self) -> None:
-        if not self._is_announced:
+        if not self.is_announced:
             raise InvariantError(f"{self} is used before it was announced")
 
     def _wake(self) -> None:
-        if self._is_announced and not self._is_awake:
+        if self.is_announced and not self._is_awake:
             self._is_awake = True
             self._bus.call_soon(self._step)
 

@@ -116,10 +116,10 @@ class Rooms:
         _first_decides(member, join.max_peers)
         return member
 
-    def introduce(self, member: Member, trace: str | None = None) -> None:
-        """The others hear of the newcomer."""
+    def introduce(self, member: Member, trace: str | None = None, *, knows: Neighbour | None = None) -> None:
+        """The others hear of the newcomer, but those of a worker that `knows`."""
         text = protocol.peer_joined(member.room.name, member.name, member.n, Raw(member.meta), trace)
-        self._publish(member.room, text, but=member, joined=(member.name, member.n))
+        self._publish(member.room, text, but=member, joined=(member.name, member.n), knows=knows)
 
     def update(self, member: Member, meta: bytes) -> None:
         """New metadata; the others hear of it."""
@@ -191,7 +191,7 @@ class Rooms:
         member = self._relay.add_guest(word.room, home, entry.peer, entry.n, bytes(entry.meta))
         _first_decides(member, word.max_peers)
         if not self.is_gathering:
-            self.introduce(member)
+            self.introduce(member, knows=home)
         return True
 
     def _on_done(self, home: Neighbour, word: Done) -> None:
@@ -213,12 +213,20 @@ class Rooms:
             home.say(encode(Roster(room.name, entries(room.members), room.max_peers)))
         home.say(encode(Settled()))
 
-    def _publish(self, room: Room, text: bytes, *, but: Member | None = None, joined: tuple[str, int] | None = None,
-                 left: int = 0) -> None:  # fmt: skip
+    def _publish(
+        self,
+        room: Room,
+        text: bytes,
+        *,
+        but: Member | None = None,
+        joined: tuple[str, int] | None = None,
+        left: int = 0,
+        knows: Neighbour | None = None,
+    ) -> None:
         word = None
         if room.guests:
             word = encode(News(room.name, Raw(text), 0 if but is None else but.n, joined, left))
-        self._relay.publish(room, text, but, word)
+        self._relay.publish(room, text, but, word, knows)
 
 
 def entries(members: Iterable[Member]) -> list[Entry]:

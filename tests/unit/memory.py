@@ -1,17 +1,23 @@
 """Peers joined to a real hub and relay in memory: no sockets, a clock that only moves when told to.
 
-`Host` is one worker without its process; `Client` the far end of one of its connections, which speaks frames.
+`Host` is one worker without its process; `Client` the far end of one of its connections, which speaks frames; `Cluster`
+several hosts with links between them.
 """
 
 import json
+import random
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastsig import metrics
 from fastsig._relay import Connection, Relay
+from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.config import Limits
 from fastsig.connection import Discard, Door
 from fastsig.hub import Hub
+from fastsig.routing import Address, Place, View
 
 HEAD = (
     "GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -126,9 +132,10 @@ class Host:
     """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it."""
 
     def __init__(self, *, ping_s: float = 25.0, handshake_s: float = 10.0, first_message_s: float = 60.0,
-                 output_bytes: int = 1 << 20, **limits: Any) -> None:  # fmt: skip
+                 output_bytes: int = 1 << 20, place: Place = Place(), **limits: Any) -> None:  # fmt: skip  # noqa: B008
         self.now = 1000.0
-        self.soon: list[Callable[[], None]] = []
+        self.place = place
+        self.soon: deque[Callable[[], None]] = deque()
         self.limits = Limits(**limits)
         self.slab = bytearray(metrics.SLAB_BYTES)
         self.relay = Relay(
@@ -137,7 +144,10 @@ class Host:
             handshake_s=handshake_s, first_message_s=first_message_s, ping_s=ping_s,
         )  # fmt: skip
         self.made_ids = 0
-        self.hub = Hub(self.relay, self.limits, clock=lambda: self.now, unix_clock=lambda: 1e9, make_id=self._make_id)
+        self.hub = Hub(
+            self.relay, self.limits, place=place,
+            clock=lambda: self.now, unix_clock=lambda: 1e9, make_id=self._make_id,
+        )  # fmt: skip
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
         self.door = Door(self.relay, path="/ws", message_bytes=self.limits.message_bytes)
@@ -154,7 +164,7 @@ class Host:
     def run(self) -> None:
         """One loop turn after the other until nothing is left to do."""
         while self.soon:
-            self.soon.pop(0)()
+            self.soon.popleft()()
 
     def advance(self, seconds: float) -> None:
         """Let time pass, a tick of the wheel at a time."""
@@ -162,7 +172,23 @@ class Host:
         while self.now < end:
             self.now = min(self.now + 0.25, end)
             self.relay.tick(self.now)
+            self.hub.tick(self.now)
             self.run()
+
+    # what a bus calls
+
+    def on_link(self, link: Link) -> None:
+        self.hub.on_link(link)
+
+    def on_packet(self, link: Link, packet: memoryview, fds: list[int]) -> None:
+        assert not fds
+        self.hub.on_packet(link, packet)
+
+    def on_writable(self, link: Link) -> None:
+        self.hub.on_writable(link)
+
+    def on_lost(self, link: Link) -> None:
+        self.hub.on_lost(link)
 
     def accept(self) -> "Client":
         """A TCP connection, nothing sent yet."""
@@ -274,3 +300,106 @@ class Client:
         self.transport.is_gone = True
         self.transport.protocol.connection_lost(None)
         self.host.run()
+
+
+class Cluster:
+    """Hosts that share the rooms. What happens in one of them happens in order; which of them is next is `chance`'s."""
+
+    def __init__(self, slots: int, *, seed: int = 0, capacity: int = 1 << 20, **limits: Any) -> None:
+        self.chance = random.Random(seed)
+        self.now = 1000.0
+        self._capacity = capacity
+        self._limits = limits
+        self._view = View(1, b"0123456789abcdef", {"": tuple(range(slots))})
+        self._bus = InProcess(self._call_soon)
+        self._by_id: dict[int, Host] = {}
+        self._pairs: dict[frozenset[int], tuple[TwinLink, TwinLink]] = {}
+        self._generation = 0
+        self.hosts: list[Host | None] = [None] * slots
+        for slot in range(slots):
+            self.start(slot)
+        self.run()
+        assert not self.hosts[0].hub.rooms.is_gathering  # type: ignore[union-attr]
+
+    def __getitem__(self, slot: int) -> Host:
+        host = self.hosts[slot]
+        assert host is not None, "this worker is dead"
+        return host
+
+    def _call_soon(self, function: Callable[..., Any], *args: Any) -> None:
+        """Into the queue of the host that it concerns."""
+        if isinstance(link := getattr(function, "__self__", None), TwinLink):
+            host: Any = link.receiver
+        elif isinstance(args[0], TwinLink):
+            host = args[0].receiver
+        else:
+            host = self._by_id[args[0][0]]
+        host.soon.append(partial(function, *args))
+
+    def start(self, slot: int) -> Host:
+        """A new life of a slot, with links to all that live."""
+        self._generation += 1
+        host = Host(place=Place(Address("", slot), self._generation, self._view), **self._limits)
+        host.now = self.now
+        self._by_id[id(host)] = host
+        self.hosts[slot] = host
+        others = [other for other in self.hosts if other is not None and other is not host]
+        host.hub.rooms.gather(other.place.address for other in others)
+        for other in others:
+            self.link(slot, other.place.address.slot)
+        return host
+
+    def link(self, a: int, b: int) -> None:
+        """A new link between two that live."""
+        ends = [(self[slot].place.address, self[slot].place.generation, self[slot]) for slot in (a, b)]
+        self._pairs[frozenset((a, b))] = self._bus.connect(ends[0], ends[1], self._capacity)
+
+    def relink(self, a: int, b: int) -> None:
+        """Reset the link of two that live, as one of them does at the bound; the supervisor makes another."""
+        self.reset(a, b)
+        self.link(a, b)
+
+    def reset(self, a: int, b: int) -> None:
+        """The one end of a link gets no more of it; the other what was on its way."""
+        pair = self._pairs[frozenset((a, b))]
+        if pair[0].is_announced:
+            pair[0].close()
+        else:
+            self._bus.sever(pair)
+
+    def kill(self, slot: int) -> None:
+        """It does nothing any more, and its links end; what it had sent is still on its way."""
+        dead = self[slot]
+        self.hosts[slot] = None
+        dead.soon = deque(maxlen=0)
+        for pair, (one, other) in list(self._pairs.items()):
+            if slot in pair:
+                del self._pairs[pair]
+                self._bus.sever((one, other))
+
+    def run(self, steps: int | None = None) -> None:
+        """Until nothing is left to do, or so many steps."""
+        while steps is None or steps > 0:
+            busy = [host for host in self.hosts if host is not None and host.soon]
+            if not busy:
+                return
+            self.chance.choice(busy).soon.popleft()()
+            steps = None if steps is None else steps - 1
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass everywhere."""
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(self.now + 0.25, end)
+            for host in self.hosts:
+                if host is not None:
+                    host.now = self.now
+                    host.relay.tick(self.now)
+                    host.hub.tick(self.now)
+            self.run()
+
+    def room(self, owner: int, number: int = 0) -> str:
+        """A name that this slot owns, another for each number."""
+        names = (f"room-{index}" for index in range(10000))
+        owned = (name for name in names if self._view.owner(name).slot == owner)
+        return next(name for index, name in enumerate(owned) if index == number)

@@ -488,7 +488,7 @@ async def test_more_connections_than_one_turn_flushes_hear_everything_in_order()
         client.take_bytes()
     for turn in range(6):
         speaker.feed_only(frame(TEXT, json.dumps({"type": "message", "room": "r", "id": str(turn)})))
-        host.soon.pop(0)()
+        host.soon.popleft()()
         assert host.soon, "the rest of the crowd is flushed in another turn"
     host.run()
     assert all([m["id"] for m in client.take()] == list("012345") for client in crowd)
