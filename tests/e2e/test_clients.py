@@ -16,10 +16,11 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import EVERY_COUNT, Server
 
 ANSWER_S = 5.0
 MESSAGE_BYTES = 65536
+WORKERS = EVERY_COUNT
 
 Message = dict[str, Any]
 
