@@ -95,6 +95,7 @@ class Server:
     def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path, prefix: Sequence[str] = ()) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
         self.runtime_dir = cwd / "run"
+        self.workers = int(args[args.index("--workers") + 1]) if "--workers" in args else 1
         self.process = subprocess.Popen(
             [*prefix, PYTHON, "-m", "fastsig", "serve", *args],
             env=clean

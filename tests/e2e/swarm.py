@@ -340,6 +340,7 @@ class Client:
     async def close(self) -> None:
         """Close with 1000, and wait for the end."""
         self._is_leaving = True
+        self.wanted.clear()
         if self._return_task:
             self._return_task.cancel()
         if self._wire is None:
@@ -355,6 +356,7 @@ class Client:
     def abort(self) -> None:
         """Go without a word."""
         self._is_leaving = True
+        self.wanted.clear()
         if self._wire:
             self._wire.abort()
 
