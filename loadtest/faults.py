@@ -50,6 +50,7 @@ FREE: Final = {
         "CONNECTIONS_PER_ADDRESS", "CONNECTS_PER_S_PER_ADDRESS", "CONNECTS_PER_S",
     )
 }  # fmt: skip
+DRAIN: Final = {"FASTSIG_SERVER_DRAIN_SECONDS": "2"}  # unless a scenario says otherwise: its end is short if it fails
 
 
 @dataclass
@@ -79,7 +80,7 @@ class Report:
 async def _running(report: Report, *args: str, prefix: Sequence[str] = ()) -> AsyncIterator[Server]:
     """A server without rate limits. At the end it is stopped, if it still runs, and nothing of it may be left."""
     with tempfile.TemporaryDirectory(prefix="fastsig-faults-") as folder:
-        server = Server("--workers", str(report.workers), *args, env=FREE, cwd=Path(folder), prefix=prefix)
+        server = Server("--workers", str(report.workers), *args, env=FREE | DRAIN, cwd=Path(folder), prefix=prefix)
         try:
             await asyncio.to_thread(server.wait_for, "serving")
             yield server

@@ -25,7 +25,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, Final, NamedTuple, Self, cast
 from urllib.parse import urlsplit
 
 import msgspec
@@ -96,6 +96,7 @@ class View:
 class Swarm:
     """All clients of a test.
 
+    Whoever is left when a `with` ends goes without a word: the server of a test that failed is not kept waiting.
     `returns`: after a `fault()`, those who lost their connection reconnect and join again. `wants_ack`: they ask for
     acks. `keeps`: they keep what they hear, for `Client.hears`.
     """
@@ -117,6 +118,14 @@ class Swarm:
         self.faults = 0
         self.lag_s = 0.0  # how far the load was behind its schedule at worst: our own slowness
         self._chance = random.Random(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.is_over = True
+        for client in self.clients:
+            client.abort()
 
     def client(self, name: str, rooms: Iterable[str] = ()) -> "Client":
         """One more, not connected yet; it will be in `rooms`."""
@@ -357,6 +366,8 @@ class Client:
         """Go without a word."""
         self._is_leaving = True
         self.wanted.clear()
+        if self._return_task:
+            self._return_task.cancel()
         if self._wire:
             self._wire.abort()
 
@@ -732,7 +743,10 @@ class _Wire(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             return
         size = len(payload)
-        length = bytes([0x80 | size]) if size < 126 else bytes([0xFE]) + size.to_bytes(2)
+        if size < 126:
+            length = bytes([0x80 | size])
+        else:
+            length = bytes([0xFE]) + size.to_bytes(2) if size < 65536 else bytes([0xFF]) + size.to_bytes(8)
         self._transport.write(bytes([first]) + length + b"\0\0\0\0" + payload)
 
 

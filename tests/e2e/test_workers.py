@@ -44,30 +44,30 @@ async def _play(server: Server, play: Play, *names: str, is_relayed: bool = True
 
     Afterwards all agree on the rosters, nothing went wrong, and with several workers, some of it crossed.
     """
-    swarm = Swarm(server.url, keeps=True, wants_ack=wants_ack)
     relayed = _sum(server, "relayed_away_total")
+    with Swarm(server.url, keeps=True, wants_ack=wants_ack) as swarm:
 
-    async def one() -> None:
-        room = f"room-{uuid.uuid4().hex}"
-        clients = [swarm.client(f"{name}-{room[5:9]}") for name in names]
-        for at, client in enumerate(clients):
-            await _enter(client, room)
-            for earlier in clients[:at]:
-                await earlier.hears("peer-joined", room=room, sender=client.name)
-        for client in clients:
-            client.heard.clear()
-        await play(room, *clients)
+        async def one() -> None:
+            room = f"room-{uuid.uuid4().hex}"
+            clients = [swarm.client(f"{name}-{room[5:9]}") for name in names]
+            for at, client in enumerate(clients):
+                await _enter(client, room)
+                for earlier in clients[:at]:
+                    await earlier.hears("peer-joined", room=room, sender=client.name)
+            for client in clients:
+                client.heard.clear()
+            await play(room, *clients)
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(ROOMS):
-            group.create_task(one())
-    await swarm.compare_rosters(5.0)
-    swarm.assert_clean()
-    if server.workers > 1:
-        assert _sum(server, "remote_members") > 0, "every peer was at home where its rooms are"
-        assert not is_relayed or _sum(server, "relayed_away_total") > relayed, "no message has crossed"
-    await swarm.close()
-    swarm.assert_clean()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(ROOMS):
+                group.create_task(one())
+        await swarm.compare_rosters(5.0)
+        swarm.assert_clean()
+        if server.workers > 1:
+            assert _sum(server, "remote_members") > 0, "every peer was at home where its rooms are"
+            assert not is_relayed or _sum(server, "relayed_away_total") > relayed, "no message has crossed"
+        await swarm.close()
+        swarm.assert_clean()
 
 
 def _said(client: Client, type: str) -> list[Message]:
@@ -194,19 +194,20 @@ async def test_room_is_as_large_as_its_creator_wants(server: Server) -> None:
 
 async def test_roster_larger_than_any_packet_arrives_whole(server: Server) -> None:
     """150 peers with 1 KiB of metadata each: more than 128 KiB in one `joined`."""
-    swarm, room, meta = Swarm(server.url), f"hall-{uuid.uuid4().hex}", "m" * (META_BYTES - 2)
-    crowd = [swarm.client(f"p{number}") for number in range(150)]
-    async with asyncio.TaskGroup() as group:
-        for client in crowd:
-            group.create_task(_enter(client, room, meta=meta))
-    late = swarm.client("late")
-    roster = (await _enter(late, room))["payload"]["peers"]
-    assert sorted(peer["sender"] for peer in roster) == sorted(client.name for client in crowd)
-    assert {peer["meta"] for peer in roster} == {meta}
-    await asyncio.to_thread(until, lambda: not _roster_differences(swarm, room), "some have not heard of all")
-    swarm.assert_clean()
-    await swarm.close()
-    swarm.assert_clean()
+    room, meta = f"hall-{uuid.uuid4().hex}", "m" * (META_BYTES - 2)
+    with Swarm(server.url) as swarm:
+        crowd = [swarm.client(f"p{number}") for number in range(150)]
+        async with asyncio.TaskGroup() as group:
+            for client in crowd:
+                group.create_task(_enter(client, room, meta=meta))
+        late = swarm.client("late")
+        roster = (await _enter(late, room))["payload"]["peers"]
+        assert sorted(peer["sender"] for peer in roster) == sorted(client.name for client in crowd)
+        assert {peer["meta"] for peer in roster} == {meta}
+        await asyncio.to_thread(until, lambda: not _roster_differences(swarm, room), "some have not heard of all")
+        swarm.assert_clean()
+        await swarm.close()
+        swarm.assert_clean()
 
 
 def _roster_differences(swarm: Swarm, room: str) -> list[str]:
@@ -219,7 +220,7 @@ def _roster_differences(swarm: Swarm, room: str) -> list[str]:
 
 async def test_message_for_one_reaches_that_one_as_it_was_sent(server: Server) -> None:
     async def play(room: str, a: Client, b: Client, c: Client) -> None:
-        payload = {"sdp": 'v=0\r\n"\\ é 🦊 \u2028', "n": [1.5, -0, 1e300, None, True, {"": {}}]}
+        payload: Message = {"sdp": 'v=0\r\n"\\ é 🦊 \u2028', "n": [1.5, -0, 1e300, None, True, {"": {}}]}
         a.send(type="offer", room=room, sender=a.name, recipient=b.name, payload=payload, id="é1")
         assert await b.hears("offer") == {
             "type": "offer", "room": room, "sender": a.name, "recipient": b.name, "payload": payload, "id": "é1",
@@ -346,52 +347,52 @@ async def test_order_holds_over_directed_messages_lists_and_broadcasts(server: S
 
 async def test_sixteen_rooms_on_one_connection(server: Server) -> None:
     """Two peers in the same rooms, which they joined in opposite order; a seventeenth is one too many."""
-    swarm = Swarm(server.url, keeps=True)
-    rooms = [f"{number}-{uuid.uuid4().hex}" for number in range(16)]
-    a, b = swarm.client("a"), swarm.client("b")
-    relayed = _sum(server, "relayed_away_total")
-    for client, order in ((a, rooms), (b, rooms[::-1])):
-        await client.connect()
-        for room in order:
-            await client.join(room)
-    await swarm.compare_rosters(5.0)
-    for at, room in enumerate(rooms):
-        a.send(type="offer", room=room, recipient="b", payload=at)
-        b.send(type="answer", room=room, recipient="a", payload=at)
-    for at, room in enumerate(rooms):
-        assert (await b.hears("offer", room=room))["payload"] == at
-        assert (await a.hears("answer", room=room))["payload"] == at
-    assert (await a.ask(type="join", room="one more"))["code"] == "too_many_rooms"
-    await a.leave(rooms[5])
-    await b.hears("peer-left", room=rooms[5], sender="a")
-    assert (await a.join(rooms[5]))["payload"]["peers"][0]["sender"] == "b"
-    if server.workers > 1:
-        assert _sum(server, "remote_members") >= 2, "a connection was at home where all its sixteen rooms are"
-        assert _sum(server, "relayed_away_total") > relayed
-    await swarm.compare_rosters(5.0)
-    b.abort()
-    for room in rooms:
-        assert (await a.hears("peer-left", room=room, sender="b"))["payload"]["reason"] in {"left", "lost"}
-    await swarm.close()
-    swarm.assert_clean()
+    with Swarm(server.url, keeps=True) as swarm:
+        rooms = [f"{number}-{uuid.uuid4().hex}" for number in range(16)]
+        a, b = swarm.client("a"), swarm.client("b")
+        relayed = _sum(server, "relayed_away_total")
+        for client, order in ((a, rooms), (b, rooms[::-1])):
+            await client.connect()
+            for room in order:
+                await client.join(room)
+        await swarm.compare_rosters(5.0)
+        for at, room in enumerate(rooms):
+            a.send(type="offer", room=room, recipient="b", payload=at)
+            b.send(type="answer", room=room, recipient="a", payload=at)
+        for at, room in enumerate(rooms):
+            assert (await b.hears("offer", room=room))["payload"] == at
+            assert (await a.hears("answer", room=room))["payload"] == at
+        assert (await a.ask(type="join", room="one more"))["code"] == "too_many_rooms"
+        await a.leave(rooms[5])
+        await b.hears("peer-left", room=rooms[5], sender="a")
+        assert (await a.join(rooms[5]))["payload"]["peers"][0]["sender"] == "b"
+        if server.workers > 1:
+            assert _sum(server, "remote_members") >= 2, "a connection was at home where all its sixteen rooms are"
+            assert _sum(server, "relayed_away_total") > relayed
+        await swarm.compare_rosters(5.0)
+        b.abort()
+        for room in rooms:
+            assert (await a.hears("peer-left", room=room, sender="b"))["payload"]["reason"] in {"left", "lost"}
+        await swarm.close()
+        swarm.assert_clean()
 
 
 async def test_rooms_of_all_kinds_of_names(server: Server) -> None:
-    swarm = Swarm(server.url, keeps=True)
-    names = ["r", "R", "r ", "é", "e\u0301", "🦊" * 32, "x" * 128, "a/b?c=d#e%20", '"\\', "null", "0", "\u2028"]
-    a, b = swarm.client('a"\\é'), swarm.client("🦊")
-    for client in (a, b):
-        await client.connect()
-        for room in names:
-            await client.join(room)
-    for at, room in enumerate(names):
-        assert [*a.rooms[room].peers] == [b.name] or await a.hears("peer-joined", room=room)
-        a.send(type="message", room=room, recipient=b.name, payload=at)
-    for at, room in enumerate(names):
-        assert (await b.hears("message", room=room))["payload"] == at
-    await swarm.compare_rosters(5.0)
-    await swarm.close()
-    swarm.assert_clean()
+    with Swarm(server.url, keeps=True) as swarm:
+        names = ["r", "R", "r ", "é", "e\u0301", "🦊" * 32, "x" * 128, "a/b?c=d#e%20", '"\\', "null", "0", "\u2028"]
+        a, b = swarm.client('a"\\é'), swarm.client("🦊")
+        for client in (a, b):
+            await client.connect()
+            for room in names:
+                await client.join(room)
+        for at, room in enumerate(names):
+            assert [*a.rooms[room].peers] == [b.name] or await a.hears("peer-joined", room=room)
+            a.send(type="message", room=room, recipient=b.name, payload=at)
+        for at, room in enumerate(names):
+            assert (await b.hears("message", room=room))["payload"] == at
+        await swarm.compare_rosters(5.0)
+        await swarm.close()
+        swarm.assert_clean()
 
 
 # ---- the checker itself
@@ -478,15 +479,15 @@ async def test_loss_is_excused_only_in_rooms_that_a_fault_has_touched() -> None:
 
 
 async def test_rosters_that_differ_are_named(server: Server) -> None:
-    swarm = Swarm(server.url)
-    await swarm.grow({name: ["differ"] for name in "abc"})
-    await swarm.compare_rosters(5.0)
-    swarm.assert_clean()
-    view = swarm.clients[0].rooms["differ"]
-    kept, view.peers = view.peers, {"b": view.peers["b"], "ghost": 1}
-    assert any("ghost" in text and "'c'" in text for text in swarm.differences())
-    view.peers = kept
-    view.sent_to["b", kept["b"]] = 5
-    await swarm.compare_rosters(5.0)
-    assert any("a sent 5 to b, 0 came" in text for text in swarm.violations), swarm.violations
-    await swarm.close()
+    with Swarm(server.url) as swarm:
+        await swarm.grow({name: ["differ"] for name in "abc"})
+        await swarm.compare_rosters(5.0)
+        swarm.assert_clean()
+        view = swarm.clients[0].rooms["differ"]
+        kept, view.peers = view.peers, {"b": view.peers["b"], "ghost": 1}
+        assert any("ghost" in text and "'c'" in text for text in swarm.differences())
+        view.peers = kept
+        view.sent_to["b", kept["b"]] = 5
+        await swarm.compare_rosters(5.0)
+        assert any("a sent 5 to b, 0 came" in text for text in swarm.violations), swarm.violations
+        await swarm.close()
