@@ -277,9 +277,9 @@ async def _kill_once(report: Report, server: Server, swarm: Swarm, slot: int, ra
 
         is_known = await _until(lambda: len(dropped()) >= homed, NOTICE_S)
         report.expect(is_known, f"{homed} connections were homed on slot {slot}, {len(dropped())} dropped")
-        for client in had.keys() - dropped():
-            for room in client.rooms:  # so that every touched room is known to be one
-                client.say_to_all(room)
+        speakers = {room: client for client in had.keys() - dropped() for room in client.rooms}
+        for room, client in speakers.items():  # so that every touched room is known to be one
+            client.say_to_all(room)
         await asyncio.sleep(max(0.0, killed_at + AROUND_S / 2 - time.monotonic()))
         await visits
     is_back = await _until(lambda: all(client.rooms.keys() >= set(client.wanted) for client in swarm.clients), 20.0)
@@ -812,12 +812,12 @@ async def crossing(
             async with swarm.loaded(rate):
                 await asyncio.sleep(seconds)
             busy = (time.process_time() - busy) / (time.monotonic() - began)
-            delivered = len(swarm.samples)
+            samples = [sample.took_s for sample in swarm.samples]
+            delivered = len(samples)
             await swarm.compare_rosters()
             report.take(swarm)
             report.expect(delivered >= rate * seconds * 0.9, f"{delivered} messages came of {rate * seconds:.0f} sent")
-            figures = _latency([sample.took_s for sample in swarm.samples])
-            report.rounds.append({"messages": delivered, "client_cores": round(busy, 2)} | figures)
+            report.rounds.append({"messages": delivered, "client_cores": round(busy, 2)} | _latency(samples))
         counters = [worker.counters for worker in (await _status(server)).workers]
         report.expect(len(counters) == workers, f"{len(counters)} workers run, not {workers}")
         report.figures = {
