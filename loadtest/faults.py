@@ -423,7 +423,7 @@ async def _stop_once(
         try:
             awake = await _those_who_answer(swarm.clients, NOTICE_S)
             guests = Guests(swarm.url)
-            await guests.come(began + min(length_s, 4.0))
+            visits = asyncio.ensure_future(guests.come(began + min(length_s, 4.0)))
             if length_s > STUCK_S:
                 is_replaced = await _is_replaced(server, ready, STUCK_S + 3)
                 report.expect(is_replaced or report.workers == 1, f"slot {slot} was not replaced")
@@ -431,6 +431,7 @@ async def _stop_once(
         finally:
             if victim.pid in children(server.process.pid):
                 os.kill(victim.pid, signal.SIGCONT)
+        await visits
     is_back = await _until(lambda: all(client.rooms.keys() >= set(client.wanted) for client in swarm.clients), 20.0)
     report.expect(is_back, "after 20 s some are not in their rooms again")
     await swarm.compare_rosters()

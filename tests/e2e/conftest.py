@@ -50,7 +50,7 @@ def is_running(pid: int) -> bool:
     """A zombie is not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it went between opening and reading
         return False
     return state != "Z"
 
