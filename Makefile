@@ -13,7 +13,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench annotate coverage wheel clean force
+.PHONY: help run test lint build bench faults annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,6 +40,9 @@ build: $(VENV)/.built ## make the environment and build the extension in place
 
 bench: build $(VENV)/.dev ## ten seconds of ping-pong and fan-out against a server of its own
 	@$(RUN) loadtest/bench/quick.py $(ARGS)
+
+faults: build $(VENV)/.dev ## kill, stop and drain servers under load, for minutes (ARGS="kill --workers 4 --rounds 20")
+	@$(RUN) -m loadtest.faults $(ARGS)
 
 annotate: build ## write the page that shows what each line of the relay costs
 	@FASTSIG_ANNOTATE=1 $(RUN) setup.py --quiet build_ext --build-lib build/annotate --build-temp build/annotate

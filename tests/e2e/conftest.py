@@ -2,6 +2,9 @@
 
 No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
 
+A server has one worker unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT has its tests that take
+`server` run with each of these numbers of workers.
+
 FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
 """
 
@@ -17,7 +20,7 @@ import textwrap
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import pytest
 
 START_S = 15.0
 STOP_S = 10.0
+EVERY_COUNT = (1, 2, 4)  # of workers: alone, the least that share rooms, more than the machine may have cores
 PYTHON = os.environ.get("FASTSIG_PYTHON", sys.executable)
 NODE = Path(__file__).parent / "node"
 
@@ -46,7 +50,7 @@ def is_running(pid: int) -> bool:
     """A zombie is not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it went between opening and reading
         return False
     return state != "Z"
 
@@ -86,16 +90,20 @@ def run_with(
 
 
 class Server:
-    """One server: where it listens, what it logs, and its end. WEB_CONCURRENCY says how many workers; usually one."""
+    """One server: where it listens, what it logs, and its end. `prefix`: a command that runs the one behind it."""
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path) -> None:
+    def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path, prefix: Sequence[str] = ()) -> None:
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
         self.runtime_dir = cwd / "run"
+        self.workers = int(args[args.index("--workers") + 1]) if "--workers" in args else 1
         self.process = subprocess.Popen(
-            [PYTHON, "-m", "fastsig", "serve", *args],
-            env={"WEB_CONCURRENCY": "1"}
-            | clean
-            | {"FASTSIG_SERVER_PORT": "0", "FASTSIG_SERVER_RUNTIME_DIR": str(cwd / "run")}
+            [*prefix, PYTHON, "-m", "fastsig", "serve", *args],
+            env=clean
+            | {
+                "FASTSIG_SERVER_PORT": "0",
+                "FASTSIG_SERVER_WORKERS": "1",
+                "FASTSIG_SERVER_RUNTIME_DIR": str(cwd / "run"),
+            }
             | (env or {}),
             cwd=cwd,
             stdin=subprocess.DEVNULL,
@@ -180,10 +188,17 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         yield start
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    counts = getattr(metafunc.module, "WORKERS", (1,))
+    if "server" in metafunc.fixturenames and counts != (1,):
+        ids = [f"{count} workers" if count > 1 else "1 worker" for count in counts]
+        metafunc.parametrize("server", counts, indirect=True, ids=ids, scope="session")
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with no options, for tests that need nothing else. Rooms are their own by the fixture `room`."""
-    shared = Server(cwd=tmp_path_factory.mktemp("server"))
+    shared = Server("--workers", str(getattr(request, "param", 1)), cwd=tmp_path_factory.mktemp("server"))
     try:
         shared.wait_for("serving")
         yield shared

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import EVERY_COUNT, Server
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "aiortc_pair.py"
+WORKERS = EVERY_COUNT
 
 
 @pytest.fixture

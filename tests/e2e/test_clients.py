@@ -16,10 +16,11 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import EVERY_COUNT, Server
 
 ANSWER_S = 5.0
 MESSAGE_BYTES = 65536
+WORKERS = EVERY_COUNT
 
 Message = dict[str, Any]
 
@@ -498,10 +499,11 @@ async def _all_answer(crowd: Iterable[Peer]) -> None:
             await pong
 
 
-async def test_three_hundred_senders_close_nobody(serve: Callable[..., Server]) -> None:
+@pytest.mark.parametrize("workers", EVERY_COUNT)
+async def test_three_hundred_senders_close_nobody(serve: Callable[..., Server], workers: int) -> None:
     """300 senders × 16 messages of 2.5 KB to one peer that reads: all arrive, each sender's in order."""
     senders, each, payload = 300, 16, "p" * 2500
-    server = serve(*FREE)
+    server = serve(*FREE, "--workers", str(workers))
     async with AsyncExitStack() as stack:
         reader, *crowd = await _crowd(stack, server, senders + 1)
         await reader.join("fan-in", "reader")
@@ -527,10 +529,11 @@ async def test_three_hundred_senders_close_nobody(serve: Callable[..., Server]) 
         print(f"fan-in: {senders * each} messages of 2.5 KB to one peer in {took:.2f} s, nobody closed")
 
 
-async def test_room_of_512_joined_at_once(serve: Callable[..., Server]) -> None:
+@pytest.mark.parametrize("workers", [1, 4])
+async def test_room_of_512_joined_at_once(serve: Callable[..., Server], workers: int) -> None:
     """All with 1 KiB of metadata: everybody gets in, hears of everybody, and nobody is closed."""
     size = 512
-    server = serve(*FREE)
+    server = serve(*FREE, "--workers", str(workers))
     meta = "m" * 1022  # with its quotes 1,024 bytes
     async with AsyncExitStack() as stack:
         crowd = await _crowd(stack, server, size)

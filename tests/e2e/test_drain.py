@@ -16,7 +16,7 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.e2e.conftest import Server, children, is_running, run_with, until
+from tests.e2e.conftest import EVERY_COUNT, Server, children, is_running, run_with, until
 
 Serve = Callable[..., Server]
 END_S = 15.0
@@ -130,9 +130,10 @@ async def test_those_who_stay_longer_hear_who_is_gone_and_go_on_talking(serve: S
         assert {message["payload"]["reason"] for peer in peers for message in peer.all_of("peer-left")} == {"closed"}
 
 
-async def test_what_was_acknowledged_in_a_drain_has_arrived(serve: Serve) -> None:
+@pytest.mark.parametrize("workers", EVERY_COUNT)
+async def test_what_was_acknowledged_in_a_drain_has_arrived(serve: Serve, workers: int) -> None:
     """Each sender counts what the server says it delivered; each recipient what came before its close."""
-    server = serve("--server.drain-seconds", "1")
+    server = serve("--server.drain-seconds", "1", "--workers", str(workers))
     pairs = 10
     async with _peers(server, 2 * pairs, caps=("ack",)) as peers:
 

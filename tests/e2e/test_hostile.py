@@ -14,7 +14,7 @@ import websockets
 
 from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
-from .conftest import Server
+from .conftest import EVERY_COUNT, Server
 
 MIB = 1 << 20
 
@@ -88,8 +88,9 @@ def test_burst_of_small_frames_leaves_little_behind(serve: Callable[..., Server]
     assert kept < len(clients) * 400_000
 
 
-async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(serve: Callable[..., Server]) -> None:
-    server = serve()
+@pytest.mark.parametrize("workers", EVERY_COUNT)
+async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(serve: Callable[..., Server], workers: int) -> None:
+    server = serve("--workers", str(workers))
     slow = connect(server)
     slow.sendall(frame(TEXT, '{"type":"join","room":"r","sender":"slow"}'))
     async with websockets.connect(server.url) as reader, websockets.connect(server.url) as speaker:
