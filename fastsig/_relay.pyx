@@ -351,7 +351,8 @@ cdef class Room(Named):
     cdef readonly Neighbour owner    # None: this worker
     cdef readonly size_t guests      # members whose connection is elsewhere
     cdef public object max_peers     # int or None, from the join that made the room
-    cdef public dict roster          # n -> peer id, of a room that is owned elsewhere: the owner's as far as we heard
+    cdef public dict roster          # of a room that is owned elsewhere, the hub's: the owner's as far as we heard
+    cdef readonly size_t pins        # who needs the roster, besides our members
 
     def __len__(self):
         return PyList_GET_SIZE(self.order)
@@ -365,6 +366,14 @@ cdef class Room(Named):
         """The member with this id, or None."""
         cdef bytes raw = peer.encode()
         return self.lookup(PyBytes_AS_STRING(raw), PyBytes_GET_SIZE(raw))
+
+    def has_guest_of(self, Neighbour home not None):
+        """Is a peer of that worker in it?"""
+        cdef Py_ssize_t i
+        for i in range(PyList_GET_SIZE(self.order) if self.guests else 0):
+            if (<Member>PyList_GET_ITEM(self.order, i)).home is home:
+                return True
+        return False
 
     cdef Member lookup(self, const char *p, size_t n):
         return <Member>self.table.find(fs_hash(HASH_KEY, p, n), p, n)
@@ -1700,14 +1709,28 @@ cdef class Relay:
         if room.owner is not None:
             room.owner.members.remove(fs_mix(member.n), member)
             self.words[REMOTE_MEMBERS] -= 1
-        if not room.order:
-            if room.owner is not None:
-                room.owner.rooms.remove(room.hash, room)
-            else:
-                self.table.remove(room.hash, room)
-                self.words[ROOMS] -= 1
+        if not room.order and not room.pins:
+            self._drop(room)
         if FASTSIG_DEBUG:
             self._check(room)
+
+    cdef int _drop(self, Room room) except -1:
+        if room.owner is not None:
+            room.owner.rooms.remove(room.hash, room)
+        else:
+            self.table.remove(room.hash, room)
+            self.words[ROOMS] -= 1
+        return 0
+
+    def pin(self, Room room not None):
+        """Keep a room also without members, until `unpin`."""
+        room.pins += 1
+
+    def unpin(self, Room room not None):
+        """Undo one `pin`."""
+        room.pins -= 1
+        if not room.order and not room.pins:
+            self._drop(room)
 
     cdef int _check(self, Room room) except -1:
         cdef Member member

@@ -41,13 +41,14 @@ class Entry(Struct, frozen=True, array_like=True):
 class Admitted(Struct, tag="admitted", frozen=True):
     """Owner to home: it is a member from here on, and what comes for the room behind this is for it too.
 
-    `roster`: the other members, oldest first.
+    `roster`: all other members; None where the home has the roster, since another member of its own is in the room. (So
+    512 peers that join at once cost the mesh 512 rosters less one per home.)
     """
 
     request: int
     room: str
     n: int
-    roster: list[Entry]
+    roster: list[Entry] | None = None
     max_peers: int | None = None
 
 
@@ -73,17 +74,28 @@ class Update(Struct, tag="update", frozen=True):
     meta: Raw
 
 
-class News(Struct, tag="news", frozen=True):
-    """Owner to home: `text` is for all members of the room that are at home there, but `but`.
-
-    `joined`: who is new on the roster by this; `left`: whose `n` is off it.
-    """
+class Arrived(Struct, tag="arrived", frozen=True):
+    """Owner to home: somebody became a member of a room with members of yours."""
 
     room: str
-    text: Raw
-    but: int = 0
-    joined: tuple[str, int] | None = None
-    left: int = 0
+    entry: Entry
+    trace: str | None = None
+
+
+class Left(Struct, tag="left", frozen=True):
+    """Owner to home: a member of such a room is none any more, for a reason of PROTOCOL's `peer-left`."""
+
+    room: str
+    n: int
+    reason: str
+
+
+class Updated(Struct, tag="updated", frozen=True):
+    """Owner to home: a member of such a room has new metadata."""
+
+    room: str
+    n: int
+    meta: Raw
 
 
 class Probe(Struct, tag="probe", frozen=True):
@@ -144,8 +156,9 @@ class Confirm(Struct, tag="confirm", frozen=True):
 
 
 Membership = (
-    Join | Withdraw | Admitted | Refused | Leave | Update | News | Probe | Announce | Done | Roster | Gone | Settled
-)
+    Join | Withdraw | Admitted | Refused | Leave | Update | Arrived | Left | Updated | Probe
+    | Announce | Done | Roster | Gone | Settled
+)  # fmt: skip
 Passing = Offer | Accept | Confirm
 Word = Membership | Passing
 

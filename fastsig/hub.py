@@ -27,22 +27,24 @@ import msgspec
 from msgspec import Raw
 
 from . import __version__, logs, metrics, protocol
-from ._relay import Connection, Member, Message, Neighbour, Relay
+from ._relay import Connection, Member, Message, Neighbour, Relay, Room
 from .bus import Link
 from .bus_messages import (
     Admitted,
     Announce,
+    Arrived,
     Done,
     Entry,
     Gone,
     Join,
     Leave,
-    News,
+    Left,
     Probe,
     Refused,
     Roster,
     Settled,
     Update,
+    Updated,
     Withdraw,
     decode,
     encode,
@@ -68,6 +70,7 @@ class _Request(NamedTuple):
     join: Join
     id: str | None
     until: float
+    room: Room | None  # with other members of ours: its roster is kept for this one
 
 
 class Hub:
@@ -104,7 +107,9 @@ class Hub:
         self._words: dict[type, Callable[[Neighbour, Any], None]] = self.rooms.words | {
             Admitted: self._on_admitted,
             Refused: self._on_refused,
-            News: self._on_news,
+            Arrived: self._on_arrived,
+            Left: self._on_left,
+            Updated: self._on_updated,
             Probe: self._on_probe,
             Roster: self._on_roster,
             Gone: self._on_gone,
@@ -270,8 +275,11 @@ class Hub:
         if owner.link is None:
             raise ProtocolError("backend_unavailable")
         connection.wait()
+        room = owner.find_room(join.room)
+        if room is not None:
+            self._relay.pin(room)
         self._asking[connection] = join.request
-        self._requests[join.request] = _Request(connection, owner, join, id, self._clock() + DECISION_S)
+        self._requests[join.request] = _Request(connection, owner, join, id, self._clock() + DECISION_S, room)
         owner.say(encode(join))
 
     def _on_admitted(self, owner: Neighbour, word: Admitted) -> None:
@@ -282,14 +290,19 @@ class Hub:
         connection = request.connection
         _settle(connection, request.join.peer)
         member = self._relay.add_away(word.room, owner, connection, word.n, bytes(request.join.meta))
-        member.room.max_peers = word.max_peers
-        member.room.roster = {entry.n: entry.peer for entry in word.roster} | {member.n: member.name}
-        _send_joined(member, word.roster, request.id)
+        room = member.room
+        room.max_peers = word.max_peers
+        if word.roster is not None:
+            room.roster = _kept(word.roster)
+        _send_joined(member, sorted(room.roster.values(), key=_ordinal), request.id)
+        room.roster[member.n] = Entry(member.name, member.n, request.join.meta)
+        self._release(request)
         connection.proceed()
 
     def _on_refused(self, owner: Neighbour, word: Refused) -> None:
         request = self._pop(word.request)
         if request is not None:
+            self._release(request)
             self._give_up(request, word.code, word.after_ms)
 
     def _pop(self, number: int) -> _Request | None:
@@ -298,10 +311,15 @@ class Hub:
             del self._asking[request.connection]
         return request
 
+    def _release(self, request: _Request) -> None:
+        if request.room is not None:
+            self._relay.unpin(request.room)
+
     def _withdraw(self, number: int) -> _Request:
         """Decided or not, it comes to nothing."""
         request = self._requests.pop(number)
         del self._asking[request.connection]
+        self._release(request)
         request.owner.say(encode(Withdraw(number)))
         return request
 
@@ -353,15 +371,31 @@ class Hub:
 
     # ---- what the owners of rooms say
 
-    def _on_news(self, owner: Neighbour, word: News) -> None:
+    def _on_arrived(self, owner: Neighbour, word: Arrived) -> None:
         room = owner.find_room(word.room)
         if room is None:
             return  # our last peer there has left, which the owner has not heard yet
-        if word.joined is not None:
-            peer, n = word.joined
-            room.roster[n] = peer
-        room.roster.pop(word.left, None)
-        self._relay.publish(room, bytes(word.text), owner.find_member(word.but))
+        entry = word.entry
+        room.roster |= _kept([entry])
+        text = protocol.peer_joined(word.room, entry.peer, entry.n, entry.meta, word.trace)
+        self._relay.publish(room, text, owner.find_member(entry.n))
+
+    def _on_left(self, owner: Neighbour, word: Left) -> None:
+        room = owner.find_room(word.room)
+        entry = None if room is None else room.roster.pop(word.n, None)
+        if room is not None and entry is not None:
+            self._relay.publish(room, protocol.peer_left(word.room, entry.peer, word.n, word.reason))
+
+    def _on_updated(self, owner: Neighbour, word: Updated) -> None:
+        room = owner.find_room(word.room)
+        entry = None if room is None else room.roster.get(word.n)
+        if room is not None and entry is not None:
+            self._change(owner, room, Entry(entry.peer, word.n, word.meta.copy()))
+
+    def _change(self, owner: Neighbour, room: Room, entry: Entry) -> None:
+        room.roster[entry.n] = entry
+        text = protocol.peer_updated(room.name, entry.peer, entry.n, entry.meta)
+        self._relay.publish(room, text, owner.find_member(entry.n))
 
     def _on_probe(self, owner: Neighbour, word: Probe) -> None:
         member = owner.find_member(word.n)
@@ -373,16 +407,18 @@ class Hub:
         room = owner.find_room(word.room)
         if room is None:
             return
-        before, now = room.roster, {entry.n: entry.peer for entry in word.members}
-        ours = {member.n: member.name for member in room.members}
-        room.roster = now | ours  # those of ours that it has not are about to be told to go
+        before: dict[int, Entry] = room.roster
+        room.roster = _kept(word.members)
         room.max_peers = word.max_peers
-        for n, peer in before.items():
+        for n, entry in before.items():
             if n not in room.roster:
-                self._relay.publish(room, protocol.peer_left(word.room, peer, n, "lost"))
+                self._relay.publish(room, protocol.peer_left(word.room, entry.peer, n, "lost"), owner.find_member(n))
         for entry in word.members:
-            if entry.n not in before:
+            known = before.get(entry.n)
+            if known is None:
                 self._relay.publish(room, protocol.peer_joined(word.room, entry.peer, entry.n, entry.meta))
+            elif known.meta != entry.meta:
+                self._change(owner, room, entry)
 
     def _on_gone(self, owner: Neighbour, word: Gone) -> None:
         for n in word.ns:
@@ -414,6 +450,15 @@ class Hub:
             times = connection.context = deque(times, maxlen=limit + 1)
         times.append(now)
         return len(times) > limit and now - times[0] <= ERROR_WINDOW_S
+
+
+def _ordinal(entry: Entry) -> int:
+    return entry.n
+
+
+def _kept(members: Iterable[Entry]) -> dict[int, Entry]:
+    """A roster by `n`. Metadata is copied: as it was read it is a part of the whole word, and keeps that."""
+    return {entry.n: Entry(entry.peer, entry.n, entry.meta.copy()) for entry in members}
 
 
 def _settle(connection: Connection, peer: str) -> None:

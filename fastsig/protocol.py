@@ -223,6 +223,11 @@ def peer_left(room: str, peer: str, n: int, reason: str) -> bytes:
     return PeerLeft(room=room, sender=peer, payload=Leaver(n=n, reason=reason)).encode()
 
 
+def peer_updated(room: str, peer: str, n: int, meta: Raw) -> bytes:
+    """A `peer-updated`."""
+    return PeerUpdated(room=room, sender=peer, payload=Updated(n=n, meta=meta)).encode()
+
+
 def read_hello(payload: bytes | None) -> HelloPayload:
     """Raises ProtocolError `bad_message` or `too_large`."""
     hello = _decode(_HELLO, payload)

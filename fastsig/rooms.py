@@ -17,21 +17,23 @@ from typing import Any, Final, NamedTuple
 from msgspec import Raw
 
 from . import protocol, routing
-from ._relay import Connection, Member, Neighbour, Relay, Room
+from ._relay import Connection, Member, Neighbour, Relay
 from .bus_messages import (
     Admitted,
     Announce,
+    Arrived,
     Done,
     Entry,
     Gone,
     Join,
     Leave,
-    News,
+    Left,
     Probe,
     Refused,
     Roster,
     Settled,
     Update,
+    Updated,
     Withdraw,
     encode,
 )
@@ -118,22 +120,27 @@ class Rooms:
 
     def introduce(self, member: Member, trace: str | None = None, *, knows: Neighbour | None = None) -> None:
         """The others hear of the newcomer, but those of a worker that `knows`."""
-        text = protocol.peer_joined(member.room.name, member.name, member.n, Raw(member.meta), trace)
-        self._publish(member.room, text, but=member, joined=(member.name, member.n), knows=knows)
+        room, meta = member.room, Raw(member.meta)
+        text = protocol.peer_joined(room.name, member.name, member.n, meta, trace)
+        word = encode(Arrived(room.name, Entry(member.name, member.n, meta), trace)) if room.guests else None
+        self._relay.publish(room, text, member, word, knows)
 
     def update(self, member: Member, meta: bytes) -> None:
         """New metadata; the others hear of it."""
+        room = member.room
         member.meta = meta
-        payload = protocol.Updated(n=member.n, meta=Raw(meta))
-        text = protocol.PeerUpdated(room=member.room.name, sender=member.name, payload=payload).encode()
-        self._publish(member.room, text, but=member)
+        text = protocol.peer_updated(room.name, member.name, member.n, Raw(meta))
+        word = encode(Updated(room.name, member.n, Raw(meta))) if room.guests else None
+        self._relay.publish(room, text, member, word)
 
     def remove(self, member: Member, reason: str) -> None:
         """A member less; the others hear why."""
         room = member.room
         self._relay.remove_member(member)
         if len(room) and not (self.is_ending or self.is_gathering):
-            self._publish(room, protocol.peer_left(room.name, member.name, member.n, reason), left=member.n)
+            text = protocol.peer_left(room.name, member.name, member.n, reason)
+            word = encode(Left(room.name, member.n, reason)) if room.guests else None
+            self._relay.publish(room, text, None, word)
 
     def on_lost(self, home: Neighbour) -> None:
         """The way to that worker is lost, and so are its peers for all we know."""
@@ -158,10 +165,12 @@ class Rooms:
         except ProtocolError as refusal:
             home.say(encode(Refused(join.request, refusal.entry.code, refusal.after_ms)))
             return
+        room = self._relay.find_room(join.room)
+        has_roster = room is not None and room.has_guest_of(home)
         member = self._relay.add_guest(join.room, home, join.peer, next(self._ordinals), bytes(join.meta))
         _first_decides(member, join.max_peers)
-        others = entries(other for other in member.room.members if other is not member)
-        home.say(encode(Admitted(join.request, join.room, member.n, others, member.room.max_peers)))
+        roster = None if has_roster else entries(other for other in member.room.members if other is not member)
+        home.say(encode(Admitted(join.request, join.room, member.n, roster, member.room.max_peers)))
         self.introduce(member, join.trace)
 
     def _on_withdraw(self, home: Neighbour, word: Withdraw) -> None:
@@ -212,21 +221,6 @@ class Rooms:
         for room in {member.room for member in home.guests_here}:
             home.say(encode(Roster(room.name, entries(room.members), room.max_peers)))
         home.say(encode(Settled()))
-
-    def _publish(
-        self,
-        room: Room,
-        text: bytes,
-        *,
-        but: Member | None = None,
-        joined: tuple[str, int] | None = None,
-        left: int = 0,
-        knows: Neighbour | None = None,
-    ) -> None:
-        word = None
-        if room.guests:
-            word = encode(News(room.name, Raw(text), 0 if but is None else but.n, joined, left))
-        self._relay.publish(room, text, but, word, knows)
 
 
 def entries(members: Iterable[Member]) -> list[Entry]:

@@ -287,7 +287,7 @@ async def test_link_is_reset_at_its_bound_and_all_members_are_there_again_over_t
     room = cluster.room(owner=1)
     a, b = join(cluster, 0, "a", room), join(cluster, 1, "b", room)
     stopped, cluster.hosts[0] = cluster[0], None
-    for _ in range(16_000):
+    for _ in range(17_000):
         say(cluster, b, type="update", room=room, payload={"meta": "y" * 1000})
     assert counted(cluster, "links_reset_total") == 1
     assert types(b) == ["peer-left"]
