@@ -232,6 +232,7 @@ class Hub:
             self.rooms.update(member, meta)
         elif owner.is_open:
             member.meta = meta
+            member.room.roster[member.n] = Entry(member.name, member.n, Raw(meta))  # the owner tells only the others
             owner.say(encode(Update(member.n, Raw(meta))))
         else:
             raise ProtocolError("backend_unavailable")

@@ -20,6 +20,7 @@ class Peer:
         self.slot = slot
         self.name = name
         self.rooms: dict[str, dict[str, int]] = {}  # room -> peer id -> n
+        self.metas: dict[tuple[str, str], Any] = {}  # (room, peer id) -> metadata
         self.is_closed = False
         self._heard: dict[tuple[str, str], int] = {}  # room and life of a sender -> its last number
         self._said: dict[tuple[str, str | None], int] = {}
@@ -50,6 +51,7 @@ class Peer:
         assert all(n < message["payload"]["n"] for n in roster.values()), "the newcomer has the highest n"
         assert len(roster) == len(message["payload"]["peers"])
         self.rooms[message["room"]] = roster
+        self.metas |= {(message["room"], peer["sender"]): peer["meta"] for peer in message["payload"]["peers"]}
 
     def on_left(self, message: Any) -> None:
         del self.rooms[message["room"]]
@@ -58,6 +60,11 @@ class Peer:
         roster = self.rooms[message["room"]]
         assert message["sender"] not in roster, "a peer that is there joined"
         roster[message["sender"]] = message["payload"]["n"]
+        self.metas[message["room"], message["sender"]] = message["payload"]["meta"]
+
+    def on_peer_updated(self, message: Any) -> None:
+        assert self.rooms[message["room"]][message["sender"]] == message["payload"]["n"]
+        self.metas[message["room"], message["sender"]] = message["payload"]["meta"]
 
     def on_peer_left(self, message: Any) -> None:
         assert self.rooms[message["room"]].pop(message["sender"]) == message["payload"]["n"]
@@ -95,7 +102,7 @@ class Chaos:
     def step(self) -> None:
         self.cluster.run(self.chance.randrange(30))
         acts = {
-            self.connect: 15, self.join: 25, self.relay: 35, self.leave: 7,
+            self.connect: 15, self.join: 25, self.relay: 30, self.update: 8, self.leave: 7,
             self.vanish: 5, self.reset: 3, self.kill: 3, self.start: 4,
         }  # fmt: skip
         self.chance.choices(list(acts), list(acts.values()))[0]()
@@ -122,6 +129,10 @@ class Chaos:
             recipient = self.chance.choice([None, *peer.rooms.get(room, ())])
             for _ in range(self.chance.randrange(1, 4)):
                 peer.say_next(room, recipient)
+
+    def update(self) -> None:
+        for peer in self.chance.sample(self.peers, min(1, len(self.peers))):
+            peer.say(type="update", room=self.chance.choice(self.rooms), payload={"meta": self.chance.random()})
 
     def leave(self) -> None:
         for peer in self.chance.sample(self.peers, min(1, len(self.peers))):
@@ -173,6 +184,11 @@ async def test_no_fault_breaks_the_order_or_leaves_two_rosters(seed: int) -> Non
         owned = [found for host in chaos.alive if (found := host.relay.find_room(room)) is not None]
         assert {member.name for found in owned for member in found.members} == set(inside)
         assert len(owned) <= 1
+        metas = {member.name: json.loads(member.meta) for found in owned for member in found.members}
+        for name, peer in inside.items():
+            assert {other: peer.metas[room, other] for other in inside if other != name} == {
+                other: meta for other, meta in metas.items() if other != name
+            }
 
 
 @pytest.mark.parametrize("seed", range(10))
