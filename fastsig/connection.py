@@ -14,8 +14,10 @@ import binascii
 import hashlib
 import os
 import re
+import resource
 import select
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -39,7 +41,8 @@ HEADERS: Final = 128
 # picows' buffer grows to and keeps: 2.3 MiB per connection after a burst with the kernel's default, 0.1 MiB with this.
 RECEIVE_BYTES: Final = 65536
 ACCEPTS_PER_TURN: Final = 32
-ACCEPT_RETRY_S: Final = 0.1
+SPARE_DESCRIPTORS: Final = 64  # for links, full sockets that are watched, connections that are passed on
+REST_S: Final = 0.1
 READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -184,30 +187,26 @@ class Door:
         self.message_bytes = message_bytes
         self.pass_on = pass_on
         self.is_ready = True
-        self._adopting: dict[asyncio.Task[Any], socket.socket] = {}
+        self._beginning: dict[asyncio.Task[Any], socket.socket] = {}
 
-    def __call__(self) -> "Handshake":
-        """The protocol factory for `loop.create_server`."""
-        return Handshake(self, pass_on=self.pass_on)
+    def serve(self, fd: int, received: bytes = b"", *, is_passed: bool = False) -> None:
+        """Serve an accepted connection; takes the descriptor over. Call within the loop.
 
-    def adopt(self, fd: int, received: bytes = b"", *, is_passed: bool = False) -> None:
-        """Serve a connection that was accepted elsewhere, and takes the descriptor over. Call within the loop.
-
-        `received`: what was read from it already; `is_passed`: never pass it on.
+        `received`: what another worker had read from it already; `is_passed`: never pass it on.
         """
         loop = asyncio.get_running_loop()
         pass_on = None if is_passed else self.pass_on
         end = socket.socket(fileno=fd)
         end.setblocking(False)
         task = loop.create_task(loop.connect_accepted_socket(lambda: Handshake(self, received, pass_on=pass_on), end))
-        self._adopting[task] = end
-        task.add_done_callback(self._on_adopted)
+        self._beginning[task] = end
+        task.add_done_callback(self._on_begun)
 
-    def _on_adopted(self, task: "asyncio.Task[Any]") -> None:
-        end = self._adopting.pop(task)
+    def _on_begun(self, task: "asyncio.Task[Any]") -> None:
+        end = self._beginning.pop(task)
         if task.cancelled() or task.exception() is not None:  # no memory or descriptor for it: nobody else to blame
             end.close()
-            _log.debug("cannot_adopt", reason=str(task.cancelled() or task.exception()))
+            _log.debug("cannot_serve", reason=str(task.cancelled() or task.exception()))
 
     def answer(self, head: Head) -> tuple[bytes, str | None]:
         """The answer to a request, 101 (then frames follow) or whole; and for which room. Raises HttpError."""
@@ -345,45 +344,80 @@ def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
         data = data[count:]
 
 
-class SharedListener:
-    """Accepts from a listening socket that other processes accept from too, so that one of them wakes per connection.
+class Acceptor:
+    """Accepts from one listening socket, which it takes over. `serve(fd)` gets each connection, close-on-exec.
 
-    Takes the socket over. `serve(fd)` gets each connection, non-blocking and close-on-exec.
+    Of a socket that other processes accept from too (`is_shared`) one of them wakes per connection. It stops shortly
+    before this process has no descriptor left, and goes on when some are closed: a loop that cannot accept what is
+    waiting burns a core. A server of the loop would do that; it also costs a third more CPU per connection.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, listener: socket.socket, serve: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        listener: socket.socket,
+        serve: Callable[[int], None],
+        *,
+        is_shared: bool = False,
+    ) -> None:
         listener.setblocking(False)
         self._loop = loop
         self._listener = listener
         self._serve = serve
-        self._epoll = select.epoll(1)
-        self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
-        self._retry: asyncio.TimerHandle | None = None
-        self._watch()
+        self._epoll = select.epoll(1) if is_shared else None
+        if self._epoll is not None:
+            self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = sys.maxsize if most == resource.RLIM_INFINITY else most
+        self._ceiling = self._most - min(SPARE_DESCRIPTORS, self._most // 16)
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+        loop.add_reader(self._watched, self._on_readable)
 
-    def _watch(self) -> None:
-        self._loop.add_reader(self._epoll.fileno(), self._on_readable)
+    @property
+    def _watched(self) -> int:
+        return self._listener.fileno() if self._epoll is None else self._epoll.fileno()
 
     def _on_readable(self) -> None:
         try:
             for _ in range(ACCEPTS_PER_TURN):
-                connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                self._serve(connection.detach())
+                fd = self._listener.accept()[0].detach()
+                self._serve(fd)
+                if fd >= self._ceiling:  # the lowest that is free is given: so many are open
+                    _log.warning("descriptors_short", limit=self._most)
+                    self._rest()
+                    return
         except (BlockingIOError, ConnectionAbortedError):
             return
-        except OSError as reason:  # out of descriptors or memory: others may have some, and so may we in a while
-            _log.warning("cannot_accept", reason=str(reason))
-            self._loop.remove_reader(self._epoll.fileno())
-            self._retry = self._loop.call_later(ACCEPT_RETRY_S, self._watch)
+        except OSError as error:
+            _log.warning("cannot_accept", reason=str(error))
+            self._rest()
+
+    def _rest(self) -> None:
+        self._loop.remove_reader(self._watched)
+        self._timer = self._loop.call_later(REST_S, self._look)
+
+    def _look(self) -> None:
+        """Is there room again? A tenth of it, so that it is not said of each connection that goes."""
+        try:
+            fd = os.dup(self._listener.fileno())
+            os.close(fd)
+        except OSError:
+            fd = self._most
+        if fd < self._ceiling - self._most // 10:
+            self._loop.add_reader(self._watched, self._on_readable)
+        else:
+            self._timer = self._loop.call_later(REST_S, self._look)
 
     def close(self) -> None:
-        """Idempotent. The socket stays open in the other processes."""
-        if not self._epoll.closed:
-            if self._retry is not None:
-                self._retry.cancel()
-            self._loop.remove_reader(self._epoll.fileno())
-            self._epoll.close()
+        """Idempotent. Others that have the listening socket go on."""
+        if not self._is_closed:
+            self._is_closed = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._loop.remove_reader(self._watched)
+            if self._epoll is not None:
+                self._epoll.close()
             self._listener.close()
 
 

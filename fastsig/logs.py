@@ -52,7 +52,8 @@ EVENTS: Final[dict[str, str]] = {
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
     "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
-    "cannot_adopt": "A connection that another process had accepted was closed, for `reason`.",
+    "descriptors_short": "Nearly all of `limit` descriptors are open (ulimit -n): connections wait till a tenth is closed.",
+    "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",

@@ -97,6 +97,6 @@ class Passing:
     def _on_confirm(self, neighbour: Neighbour, word: Confirm) -> None:
         fd, received = self._offered.pop((neighbour, word.request))
         if word.is_yours:
-            self._door.adopt(fd, received, is_passed=True)
+            self._door.serve(fd, received, is_passed=True)
         else:
             os.close(fd)

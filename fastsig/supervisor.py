@@ -76,6 +76,7 @@ HANDED: Final = 8  # at most in one message, so that all who serve get some
 IN_HAND: Final = 64  # connections that are accepted, and not with a worker yet
 IN_HAND_S: Final = 5.0
 CONFIRM_S: Final = 0.005  # until it is looked whether a worker has received what it was handed
+MOST_DESCRIPTORS: Final = 1 << 20  # the kernel's own limit as a rule; a table of more costs memory
 SPARE_DESCRIPTORS: Final = 128  # those in hand, and whatever else comes up while the server runs
 PORT_TRIES: Final = 16
 WORKER: Final = "fastsig.worker"
@@ -93,6 +94,7 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
     slots: list[list[socket.socket]] = []
     try:
         slots, are_shared = _listeners(config)
+        _raise_descriptor_limit()
         _check_descriptors(len(slots))
         made = _made(config, slots, reload or (lambda: config), worker, are_shared=are_shared)
         return uvloop.run(made.run())
@@ -127,6 +129,15 @@ def _listeners(config: Config) -> tuple[list[list[socket.socket]], bool]:
     if taken:
         return [taken] * count, count > 1
     return listen(config.server.host, config.server.port, count, config.server.backlog), False
+
+
+def _raise_descriptor_limit() -> None:
+    """As far as an unprivileged process may, for us and for the workers: the usual 1,024 is there for `select`."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MOST_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _check_descriptors(slots: int) -> None:

@@ -28,7 +28,7 @@ from ._relay import Connection, Relay
 from .bus import Link
 from .bus_mesh import Mesh
 from .config import Config, Limits
-from .connection import RECEIVE_BYTES, Door, Edge, SharedListener
+from .connection import RECEIVE_BYTES, Acceptor, Door, Edge
 from .control import (
     NOTHING,
     OVERTIME_S,
@@ -117,7 +117,7 @@ class Worker:
         self._unsaid: list[ToSupervisor] = []  # what the supervisor had no room for
         self._boot = boot
         self._config = boot.config
-        self._servers: list[asyncio.Server | SharedListener] = []
+        self._acceptors: list[Acceptor] = []
         self._stop: asyncio.Future[Stop] = loop.create_future()
         self._hurry_until = math.inf  # a forced stop came: nobody is waited for any longer
         self._is_orphan = False  # the supervisor is gone
@@ -128,7 +128,8 @@ class Worker:
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-            self._servers.append(await self._listen(listener))
+            acceptor = Acceptor(self._loop, listener, self.door.serve, is_shared=self._boot.shares_listeners)
+            self._acceptors.append(acceptor)
         self._join_mesh()
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
@@ -137,11 +138,6 @@ class Worker:
         self._channel.send(Ready(pid=os.getpid()))
         await self._close_all(await self._stop)
         return ExitCode.OK
-
-    async def _listen(self, listener: socket.socket) -> asyncio.Server | SharedListener:
-        if self._boot.shares_listeners:
-            return SharedListener(self._loop, listener, self.door.adopt)
-        return await self._loop.create_server(self.door, sock=listener, backlog=self._boot.config.server.backlog)
 
     def _join_mesh(self) -> None:
         """The links that came with `Boot`: what the others announce over them comes before any join."""
@@ -171,7 +167,7 @@ class Worker:
                 self._link(link)
             case Hand(fds):
                 for fd in fds:
-                    self.door.adopt(fd)
+                    self.door.serve(fd)
             case Drain() as drain:
                 self._begin_drain(drain)
             case Reload(config):
@@ -300,8 +296,8 @@ class Worker:
         return bool(self._leaving)
 
     async def _close_all(self, stop: Stop) -> None:
-        for server in self._servers:
-            server.close()
+        for acceptor in self._acceptors:
+            acceptor.close()
         self._shut_the_door()
         self.hub.rooms.is_ending = True
         for connection in self._leaving:

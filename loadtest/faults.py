@@ -139,7 +139,16 @@ def _descriptors(server: Server) -> dict[str, int]:
     """How many are open, in the supervisor and in each worker."""
     workers = status.ask(server.runtime_dir, server.port).workers
     pids = {"supervisor": server.process.pid} | {f"slot {worker.slot}": worker.pid for worker in workers if worker.pid}
-    return {name: len([*Path(f"/proc/{pid}/fd").iterdir()]) for name, pid in pids.items()}
+    return {name: _open_of(pid) for name, pid in pids.items()}
+
+
+def _open_of(pid: int) -> int:
+    """Without /dev/null, which the loop opens at its first connection and keeps."""
+    open_now = 0
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            open_now += str(entry.readlink()) != "/dev/null"
+    return open_now
 
 
 async def _is_empty_again(report: Report, server: Server, before: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from fastsig import metrics
 from fastsig._relay import Connection, Relay
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.config import Limits
-from fastsig.connection import Discard, Door
+from fastsig.connection import Discard, Door, Handshake
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
 
@@ -216,7 +216,7 @@ class Client:
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        protocol = host.door()
+        protocol = Handshake(host.door, pass_on=host.door.pass_on)
         self.transport = Transport(host, protocol)
         protocol.connection_made(self.transport)  # type: ignore[arg-type]  # stands in for an asyncio transport
 
