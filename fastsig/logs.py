@@ -52,7 +52,7 @@ EVENTS: Final[dict[str, str]] = {
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
     "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
-    "descriptors_short": "Nearly all of `limit` descriptors are open (ulimit -n): connections wait till a tenth is closed.",
+    "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # all

@@ -142,6 +142,15 @@ def _descriptors(server: Server) -> dict[str, int]:
     return {name: _open_of(pid) for name, pid in pids.items()}
 
 
+async def _descriptors_at_rest(server: Server) -> dict[str, int]:
+    """When the workers have all their links: the server says that it serves a moment earlier."""
+    seen = [_descriptors(server)]
+    while len(seen) < 4 or len({str(counts) for counts in seen[-4:]}) > 1:
+        await asyncio.sleep(0.1)
+        seen.append(_descriptors(server))
+    return seen[-1]
+
+
 def _open_of(pid: int) -> int:
     """Without /dev/null, which the loop opens at its first connection and keeps."""
     open_now = 0
@@ -241,7 +250,7 @@ async def kill(
     """
     report = Report("kill", workers)
     async with _running(report) as server:
-        before = await asyncio.to_thread(_descriptors, server)
+        before = await _descriptors_at_rest(server)
         swarm = Swarm(server.url, returns=True)
         await swarm.grow(_crossing(clients, rooms, 2))
         await swarm.compare_rosters()
@@ -355,7 +364,7 @@ async def kills(workers: int = 4, rounds: int = 100) -> Report:
     async with _running(report) as server:
         slots = len((await _status(server)).workers)
         report.expect(slots == workers, f"{slots} workers run, not {workers}")
-        before = await asyncio.to_thread(_descriptors, server)
+        before = await _descriptors_at_rest(server)
         memory: list[int] = []
         began = time.monotonic()
         for number in range(rounds):
@@ -400,7 +409,7 @@ async def stop(
     """
     report = Report("stop", workers)
     async with _running(report) as server:
-        before = await asyncio.to_thread(_descriptors, server)
+        before = await _descriptors_at_rest(server)
         swarm = Swarm(server.url, returns=True)
         await swarm.grow(_crossing(clients, clients // 4, 2))
         await swarm.compare_rosters()
@@ -813,7 +822,7 @@ async def crossing(
     """Every connection in several rooms, under load: order holds per room, sender and recipient; nothing is lost."""
     report = Report("crossing", workers)
     async with _running(report) as server:
-        before = await asyncio.to_thread(_descriptors, server)
+        before = await _descriptors_at_rest(server)
         swarm = Swarm(server.url)
         await swarm.grow(_crossing(clients, rooms, each))
         for _ in range(rounds):
