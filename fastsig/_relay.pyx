@@ -41,6 +41,7 @@ from libc.string cimport memcmp, memcpy, memmove
 from picows.picows cimport WSFrame, WSListener, WSMsgType, WSTransport
 
 import os
+from collections import deque
 
 import picows
 
@@ -117,6 +118,8 @@ cdef extern from * nogil:
     const int FASTSIG_DEBUG
     const int MSG_NOSIGNAL
     const int MSG_DONTWAIT
+    const int SHUT_RDWR
+    int shutdown(int fd, int how)
     ssize_t send(int fd, const void *p, size_t n, int flags)
     uint64_t fs_hash(const uint64_t *key, const char *p, size_t n)
     uint64_t fs_mix(uint64_t n)
@@ -166,6 +169,7 @@ cdef enum:
     WHEEL = 256             # slots; a deadline further away than a turn of the wheel is put back when it comes up
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
+    WAITING_EACH = 64       # what a message costs besides its bytes
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
     PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
     FRAME_BYTES = 65536     # a longer frame between workers goes in pieces
@@ -340,6 +344,7 @@ cdef class Member(Named):
     cdef readonly Neighbour home     # None: here
     cdef readonly uint64_t n         # PROTOCOL §3.2, "Who offers"
     cdef public bytes meta           # JSON text as the peer sent it
+    cdef readonly uint64_t request   # of a guest: its home's number for the join, 0 for one that was announced
     cdef Py_ssize_t index            # in room.order
 
 
@@ -510,6 +515,7 @@ cdef class Connection(WSListener):
     cdef bytes json
     cdef list members                 # of Member: the rooms this connection is in
     cdef public bint wants_ack        # cap `ack`
+    cdef public bint is_copied        # another process may have a descriptor of it: closing ours alone ends nothing
     # output
     cdef char *out
     cdef size_t out_from, out_to, out_size
@@ -526,7 +532,8 @@ cdef class Connection(WSListener):
     cdef char *parts                  # an open fragmented message
     cdef size_t parts_used, parts_size
     cdef uint32_t parts_count         # 0: none is open
-    cdef list waiting                 # messages behind an undecided join, None: there is none
+    cdef bint is_undecided            # a join is: what comes behind it waits
+    cdef object waiting               # a deque of messages; None: there was never one
     cdef size_t waiting_size
     cdef bint is_paused               # not read: more than WAITING_BYTES wait
     # time (monotonic seconds)
@@ -607,22 +614,19 @@ cdef class Connection(WSListener):
 
     def wait(self):
         """What this peer says from now on waits for a decision, until `proceed`."""
-        if self.waiting is not None:
+        if self.is_undecided:
             raise InvariantError("a connection waits for one decision at a time")
-        self.waiting = []
+        self.is_undecided = True
 
     def proceed(self):
         """It is decided: what has waited is handled in order. A join among it may make the rest wait again."""
-        cdef list waiting = self.waiting
         cdef bytes text
-        self.waiting = None
-        self.waiting_size = 0
-        if waiting is None or self.state != OPEN:
-            return
+        self.is_undecided = False
         try:
-            for text in waiting:
-                if self.state == OPEN:
-                    self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+            while self.waiting and not self.is_undecided and self.state == OPEN:
+                text = self.waiting.popleft()
+                self.waiting_size -= PyBytes_GET_SIZE(text) + WAITING_EACH
+                self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
         except Exception:
             self.relay.on_bug(self)
             self.fail(1011)
@@ -631,8 +635,10 @@ cdef class Connection(WSListener):
 
     cdef int _keep(self, const char *p, size_t n) except -1:
         """A message for later. What was read already is kept, whatever the bound; no more is read above it."""
+        if self.waiting is None:
+            self.waiting = deque()
         self.waiting.append(p[:n])
-        self.waiting_size += n
+        self.waiting_size += n + WAITING_EACH
         if self.waiting_size > WAITING_BYTES and not self.is_paused:
             self.is_paused = True
             self.relay.edge.pause(self)
@@ -646,8 +652,8 @@ cdef class Connection(WSListener):
 
     cdef int _depart(self, str reason) except -1:
         """Out of all rooms, before anything else can be sent there."""
-        if self.members or self.waiting is not None:
-            self.waiting = None
+        if self.members or self.is_undecided:
+            self.is_undecided = False
             self.relay.on_departed(self, reason)
             if FASTSIG_DEBUG and self.members:
                 raise InvariantError("a departed connection is still a member of a room")
@@ -670,12 +676,14 @@ cdef class Connection(WSListener):
         self.sink = None
         self.context = None
         self.waiting = None
-        self.is_paused = False
+        self.is_undecided = self.is_paused = False
         return 0
 
     cdef int _drop(self) except -1:
         """Close the transport now; `lost` follows from it."""
         transport = self.transport
+        if self.is_copied and self.fd >= 0:
+            shutdown(self.fd, SHUT_RDWR)
         try:
             self.lost()
         finally:
@@ -699,7 +707,7 @@ cdef class Connection(WSListener):
     @property
     def is_waiting(self):
         """Is a join undecided?"""
-        return self.waiting is not None
+        return self.is_undecided
 
     @property
     def rooms(self):
@@ -945,7 +953,7 @@ cdef class Connection(WSListener):
             if not self._is_alive(PROBE_S):
                 return self.fail(4002)
             self.probe_by = 1e300
-        if now >= self.join_by and self.waiting is None:
+        if now >= self.join_by and not self.is_undecided:
             return self.fail(4007)
         if now >= self.ping_at:
             if self.is_heard:
@@ -1046,6 +1054,11 @@ cdef class Connection(WSListener):
             if not is_valid_close_code(code):
                 return self.fail(1002)
         self.drops_when_sent = frame.tail_size == 0
+        while self.is_undecided and self.state == OPEN:  # what waits behind a join was said before the close
+            self.relay.on_withdrawn(self)
+            self.proceed()
+        if self.state != OPEN:
+            return 0
         self._depart("left" if code in (0, 1000) else "lost")
         return self._close_frame(code)
 
@@ -1075,8 +1088,10 @@ cdef class Neighbour:
     cdef readonly object link
     cdef public bint is_open         # it has settled which of our members it takes: relays may go
     cdef Table rooms, members, guests
+    cdef Table departed              # our members that left, for as long as acks and errors for them may come
     cdef char *out
     cdef size_t out_from, out_to, out_size
+    cdef size_t exempt               # bytes of them that do not count against the bound
     cdef size_t left_of_frame        # of a long frame that goes in pieces: bytes that have not gone
     cdef bytes refused               # the packet that the link did not take
     cdef size_t refused_size         # bytes of the buffer that are in it
@@ -1119,6 +1134,16 @@ cdef class Neighbour:
         """Its peer in one of our rooms, or None."""
         return self.guests.find_key(fs_mix(n))
 
+    def remember(self, Member member not None):
+        """One that left: it still hears what its messages came to."""
+        if self.link is not None:
+            self.departed.put(fs_mix(member.n), member)
+
+    def forget(self, Member member not None):
+        """Undo `remember`, if it was done."""
+        if self.departed.find_key(fs_mix(member.n)) is member:
+            self.departed.remove(fs_mix(member.n), member)
+
     def connect(self, link not None):
         """A new link, over which nothing was said."""
         if self.link is not None:
@@ -1131,21 +1156,33 @@ cdef class Neighbour:
         self.is_open = self.is_blocked = self.is_reset = False
         self.refused = None
         self.pieces = None
-        self.left_of_frame = 0
+        self.left_of_frame = self.exempt = 0
+        self.departed = Table()
         self._forget()
 
     def reset(self):
         """End the link: too much waits, or what came over it was not understood. Its loss follows."""
         if self.link is not None and not self.is_reset:
             self.is_reset = True
+            self.is_open = False
             self._forget()
             self.relay.words[LINKS_RESET_TOTAL] += 1
             self.link.close()
+
+    @property
+    def is_congested(self):
+        """Half of the bound waits, or there is no link: what need not be said is not."""
+        return self._is_congested()
 
     def say(self, bytes word not None):
         """One word, behind all that was said so far."""
         put_bytes(self._begin(WORD, PyBytes_GET_SIZE(word)), word)
         self._commit()
+
+    def say_exempt(self, bytes word not None):
+        """The same, for what a new link begins with: the tables bound it, and a reset would say it all again."""
+        self.exempt += PyBytes_GET_SIZE(word) + LENGTH + 1
+        self.say(word)
 
     def say_now(self, bytes word not None, fds):
         """One word with descriptors (duplicates of them). False when the link does not take it at once: unsaid then."""
@@ -1294,6 +1331,10 @@ cdef class Neighbour:
 
     cdef int _take_told(self, const char *p, size_t n) except -1:
         cdef Member member = self._member(p)
+        cdef uint64_t ordinal
+        if member is None and self.departed.used:
+            memcpy(&ordinal, p, 8)
+            member = <Member>self.departed.find_key(fs_mix(ordinal))
         if member is not None:
             member.connection._frame(WSMsgType.TEXT, p + 8, n - 8)
         return 0
@@ -1342,7 +1383,12 @@ cdef class Neighbour:
     # ---- what is said to it
 
     cdef inline bint _is_congested(self) noexcept:
-        return self.link is None or self.is_reset or self.out_to - self.out_from > self.relay.link_bytes // 2
+        return self.link is None or self.is_reset or self._waiting() > self.relay.link_bytes // 2
+
+    cdef inline size_t _waiting(self) noexcept:
+        """Bytes that count against the bound."""
+        cdef size_t waiting = self.out_to - self.out_from
+        return waiting - self.exempt if waiting > self.exempt else 0
 
     cdef int _relay(self, uint64_t n, fs_envelope *e, bint wants_ack) except -1:
         """One message of our member `n`, to the owner of its room. Everything in it is validated."""
@@ -1385,7 +1431,11 @@ cdef class Neighbour:
         return pending.number
 
     cdef int _told(self, uint64_t n, bytes text) except -1:
-        cdef char *p = self._begin(TOLD, 8 + PyBytes_GET_SIZE(text))
+        """What a message came to. Not for one that is congested itself: refusals would fill it up."""
+        cdef char *p
+        if self._is_congested():
+            return 0
+        p = self._begin(TOLD, 8 + PyBytes_GET_SIZE(text))
         memcpy(p, &n, 8)
         put_bytes(p + 8, text)
         return self._commit()
@@ -1414,10 +1464,13 @@ cdef class Neighbour:
         """The frame that was begun is written."""
         if self.link is None or self.is_reset:
             self._forget()
-        elif self.out_to - self.out_from > self.relay.link_bytes:
-            self.reset()
-        elif not self.is_blocked:
+            return 0
+        if not self.is_blocked:
             self._talk()
+            if self.out_to - self.out_from > PACKET_BYTES:
+                self._push()
+        if self._waiting() > self.relay.link_bytes:
+            self.reset()
         return 0
 
     cdef int _talk(self) except -1:
@@ -1451,8 +1504,17 @@ cdef class Neighbour:
             self.out = NULL
             self.out_size = 0
 
+    cdef int _push(self) except -1:
+        """Flush, at a place where nobody else may be harmed."""
+        try:
+            self._flush()
+        except Exception:
+            self.relay.on_bug(None)
+            self.reset()
+        return 0
+
     cdef int _flush(self) except -1:
-        """Packets as long as the link takes them."""
+        """Packets as long as the link takes them. It calls nobody back: a fan-out may be running."""
         if self.link is None or self.is_reset:
             self._forget()
             return 0
@@ -1463,6 +1525,7 @@ cdef class Neighbour:
                 return 0
             self.refused = None
             self.out_from += self.refused_size
+            self.exempt -= min(self.exempt, self.refused_size)
         if self.out_from == self.out_to:
             self._forget()
         return 0
@@ -1523,16 +1586,17 @@ cdef class Relay:
 
     `hub` gives the callables: `receive(connection, message)` for what is not relayed, `refuse(connection, code, room,
     id, recipients)` and the like for a guest, `depart(connection, reason)` when a connection leaves all its rooms, or
-    goes while a join is undecided, `receive_word(neighbour, word)` for what another worker says about members. `edge`
-    gives `block(connection)` and `unblock(connection)` (watch its socket for room), `pause(connection)` and
-    `resume(connection)` (reading), `discard(connection)` (nothing that it sends is read any more),
-    `linger(connection)` (its last frame is out), `drop(transport)`.
+    goes while a join is undecided, `withdraw(connection)` when only that join is given up, `receive_word(neighbour,
+    word)` for what another worker says about members. `edge` gives `block(connection)` and `unblock(connection)` (watch
+    its socket for room), `pause(connection)` and `resume(connection)` (reading), `discard(connection)` (nothing that it
+    sends is read any more), `linger(connection)` (its last frame is out), `drop(transport)`.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.
     """
 
     cdef object call_soon, clock, edge
-    cdef object on_message, on_refused, on_guest_refused, on_departed, on_word, on_bug
+    cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
+    cdef object on_word, on_bug
     cdef size_t message_bytes, output_bytes, link_bytes
     cdef double handshake_s, first_message_s, ping_s
     cdef Table table                # of Room
@@ -1600,6 +1664,7 @@ cdef class Relay:
         self.on_guest_refused = hub.refuse_guest
         self.on_word = hub.receive_word
         self.on_departed = hub.depart
+        self.on_withdrawn = hub.withdraw
         self.on_bug = hub.report_bug
         self.edge = edge
 
@@ -1642,11 +1707,12 @@ cdef class Relay:
         return self._enter(self._room(self.table, room_name, None), member)
 
     def add_guest(self, str room_name not None, Neighbour home not None, str peer not None, uint64_t n,
-                  bytes meta not None):
+                  bytes meta not None, uint64_t request=0):
         """Put a peer whose connection is elsewhere into a room of ours. The caller has checked id and n."""
         cdef bytes raw = peer.encode()
         cdef Member member = named_member(raw, json_string(raw), n, meta)
         member.home = home
+        member.request = request
         return self._enter(self._room(self.table, room_name, None), member)
 
     def add_away(self, str room_name not None, Neighbour owner not None, Connection connection not None, uint64_t n,
@@ -1772,6 +1838,7 @@ cdef class Relay:
         neighbour.rooms = Table()
         neighbour.members = Table()
         neighbour.guests = Table()
+        neighbour.departed = Table()
         return neighbour
 
     def drop_acks_of(self, Neighbour neighbour not None):
@@ -1928,11 +1995,7 @@ cdef class Relay:
         while self.talking:  # first: another core can begin while we go on
             neighbour = self.talking.pop()
             neighbour.is_talking = False
-            try:
-                neighbour._flush()
-            except Exception:
-                self.on_bug(None)
-                neighbour.reset()
+            neighbour._push()
         while left:
             left -= 1
             connection = <Connection>self.dirty[self.dirty_from]
@@ -1979,7 +2042,7 @@ cdef class Relay:
 
         A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
         cdef int verdict
-        if connection.waiting is not None:
+        if connection.is_undecided:
             return connection._keep(p, n)
         verdict = fs_scan(p, n, &self.envelope)
         if verdict == FS_OK and is_relayed(self.envelope.type.p, self.envelope.type.n):

@@ -6,7 +6,8 @@ The contract, for every implementation:
 - *Whole, in order, at most once.* While a link lives no packet is lost. When the other end goes (closed, killed), what
   it had sent before is still delivered, all of it, and then the loss is told. What was sent *to* it may be lost.
 - *Never blocked.* `send` takes a packet or refuses it. Reading goes on whatever the state of writing: two workers that
-  fill each other's queues get on. A link gets at most PACKETS_PER_TURN packets delivered before others have their turn.
+  fill each other's queues get on. A link gets at most PACKETS_PER_TURN packets delivered before others have their turn,
+  and no more once these have BYTES_PER_TURN.
 - *One life after the other.* In the receiver's eyes there is at most one link to an address. A newer one is announced
   when the older was read to its end and its `on_lost` has returned, however long that takes. If several wait, the one
   that came last counts; the others are closed unseen. One whose other end is gone by then is announced, then lost.
@@ -28,6 +29,7 @@ from .routing import Address
 PACKET_BYTES: Final = 131072  # no packet is longer
 PACKET_DESCRIPTORS: Final = 64  # nor has more; the kernel's own limit is 253
 PACKETS_PER_TURN: Final = 16
+BYTES_PER_TURN: Final = 131072
 
 Worker = tuple[Address, int, "Receiver"]  # what `InProcess` connects: where it is, its generation, who receives there
 

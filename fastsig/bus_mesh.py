@@ -25,7 +25,7 @@ import socket
 from collections.abc import Sequence
 from typing import Final
 
-from .bus import PACKET_BYTES, PACKET_DESCRIPTORS, PACKETS_PER_TURN, Receiver, check_packet
+from .bus import BYTES_PER_TURN, PACKET_BYTES, PACKET_DESCRIPTORS, PACKETS_PER_TURN, Receiver, check_packet
 from .errors import StartError
 from .routing import Address
 
@@ -180,7 +180,8 @@ class MeshLink:
         self._end.close()
 
     def _receive(self) -> None:
-        """Called by the loop when there is something to read: at most PACKETS_PER_TURN packets."""
+        """Called by the loop when there is something to read: a turn's worth of packets."""
+        taken = 0
         for _ in range(PACKETS_PER_TURN):
             try:
                 packet, fds, flags = self._mesh.receive_into_buffer(self._end)
@@ -198,9 +199,10 @@ class MeshLink:
                 _close_all(fds)
                 self._lose()
                 return
+            taken += len(packet)
             with packet:
                 self._mesh.receiver.on_packet(self, packet, fds)
-            if self._is_over:
+            if self._is_over or taken >= BYTES_PER_TURN:
                 return
 
     def _read_to_end(self) -> None:

@@ -25,9 +25,11 @@ class Join(Struct, tag="join", frozen=True):
 
 
 class Withdraw(Struct, tag="withdraw", frozen=True):
-    """Home to owner: the peer of that request is gone. When it was decided already the answer brings a `Leave`."""
+    """Home to owner: nobody waits for that join any more. If its peer is a member already it is none from here on."""
 
     request: int
+    room: str
+    peer: str
 
 
 class Entry(Struct, frozen=True, array_like=True):

@@ -301,7 +301,8 @@ class Handshake(asyncio.Protocol):
         self._transport.abort()
 
     def serve(self) -> None:
-        """It is ours after all."""
+        """It is ours after all. The other process may hold its copy a while yet, one that is stopped."""
+        self._connection.is_copied = True
         self._pass_on = None
         self._transport.resume_reading()
         self.data_received(b"")

@@ -63,14 +63,14 @@ _ERRORS_SENT: Final = metrics.INDEX["errors_sent_total"]
 
 
 class _Request(NamedTuple):
-    """A join that another worker decides."""
+    """A join that is not decided yet."""
 
     connection: Connection
-    owner: Neighbour
+    owner: Neighbour | None  # None: this worker, which is gathering
     join: Join
     id: str | None
     until: float
-    room: Room | None  # with other members of ours: its roster is kept for this one
+    room: Room | None  # of another owner, with other members of ours: its roster is kept for this one
 
 
 class Hub:
@@ -96,6 +96,7 @@ class Hub:
         self._neighbours: dict[Address, Neighbour] = {}
         self._requests: dict[int, _Request] = {}  # by the number of the join, the oldest first
         self._asking: dict[Connection, int] = {}  # the same by the connection: it has one at a time
+        self._left: deque[tuple[float, Neighbour, Member]] = deque()  # members whom acks and errors may come for yet
         self._numbers = itertools.count(1)
         self._handlers: dict[str, Callable[[Connection, Message], None]] = {
             "hello": self._hello,
@@ -159,11 +160,15 @@ class Hub:
 
     def depart(self, connection: Connection, reason: str) -> None:
         """The connection is going or gone: out of all its rooms, and not into another."""
+        self.withdraw(connection)
+        for member in connection.rooms:
+            self._remove(member, reason)
+
+    def withdraw(self, connection: Connection) -> None:
+        """Its join, if it has one that is undecided, comes to nothing."""
         number = self._asking.get(connection)
         if number is not None:
             self._withdraw(number)
-        for member in connection.rooms:
-            self._remove(member, reason)
 
     def report_bug(self, connection: Connection | None) -> None:
         """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone."""
@@ -214,8 +219,8 @@ class Hub:
         if owner is not None:
             self._ask(owner, connection, join, message.id)
         elif self.rooms.is_gathering:
-            connection.wait()
-            self.rooms.hold(lambda: self._join_later(connection, join, message.id))
+            self._wait(None, connection, join, message.id)
+            self.rooms.hold(lambda: self._join_later(join.request))
         else:
             self._join_here(connection, join, message.id)
 
@@ -262,26 +267,31 @@ class Hub:
         _send_joined(member, entries(other for other in member.room.members if other is not member), id)
         self.rooms.introduce(member, join.trace)
 
-    def _join_later(self, connection: Connection, join: Join, id: str | None) -> None:
+    def _join_later(self, number: int) -> None:
         """It was held while the rooms were gathered."""
-        if not connection.is_waiting:  # gone meanwhile
+        request = self._pop(number)
+        if request is None:  # withdrawn meanwhile
             return
         try:
-            self._join_here(connection, join, id)
+            self._join_here(request.connection, request.join, request.id)
         except ProtocolError as refusal:
-            self.refuse(connection, refusal.entry.code, join.room, id, None, refusal.after_ms)
-        connection.proceed()
+            self._give_up(request, refusal.entry.code, refusal.after_ms)
+        else:
+            request.connection.proceed()
 
     def _ask(self, owner: Neighbour, connection: Connection, join: Join, id: str | None) -> None:
         if owner.link is None:
             raise ProtocolError("backend_unavailable")
+        self._wait(owner, connection, join, id)
+        owner.say(encode(join))
+
+    def _wait(self, owner: Neighbour | None, connection: Connection, join: Join, id: str | None) -> None:
         connection.wait()
-        room = owner.find_room(join.room)
+        room = None if owner is None else owner.find_room(join.room)
         if room is not None:
             self._relay.pin(room)
         self._asking[connection] = join.request
         self._requests[join.request] = _Request(connection, owner, join, id, self._clock() + DECISION_S, room)
-        owner.say(encode(join))
 
     def _on_admitted(self, owner: Neighbour, word: Admitted) -> None:
         request = self._pop(word.request)
@@ -321,7 +331,8 @@ class Hub:
         request = self._requests.pop(number)
         del self._asking[request.connection]
         self._release(request)
-        request.owner.say(encode(Withdraw(number)))
+        if request.owner is not None:
+            request.owner.say(encode(Withdraw(number, request.join.room, request.join.peer)))
         return request
 
     def _give_up(self, request: _Request, code: str, after_ms: int | None = None) -> None:
@@ -334,6 +345,9 @@ class Hub:
             if now < request.until:
                 break
             self._give_up(self._withdraw(number), "backend_unavailable")
+        while self._left and self._left[0][0] <= now:
+            _, owner, member = self._left.popleft()
+            owner.forget(member)
 
     # ---- links to other workers (the bus calls these)
 
@@ -342,8 +356,8 @@ class Hub:
         owner = self.neighbour(link.address)
         owner.connect(link)
         for room in owner.rooms_here:
-            owner.say(encode(Announce(room.name, entries(room.members), room.max_peers)))
-        owner.say(encode(Done()))
+            owner.say_exempt(encode(Announce(room.name, entries(room.members), room.max_peers)))
+        owner.say_exempt(encode(Done()))
 
     def on_packet(self, link: Link, packet: memoryview) -> None:
         """What the other has said."""
@@ -441,6 +455,9 @@ class Hub:
         self._relay.remove_member(member)
         if not self.rooms.is_ending:
             owner.say(encode(Leave(member.n, reason)))
+        if reason == "left" and member.connection.is_open:
+            owner.remember(member)
+            self._left.append((self._clock() + DECISION_S, owner, member))
 
     def _is_one_too_many(self, connection: Connection) -> bool:
         limit, now = self._limits.errors_per_5s, self._clock()

@@ -72,6 +72,7 @@ class Rooms:
         self._ordinals = routing.ordinals(generation)
         self._awaited: set[Address] = set()  # while gathering: who has not announced all yet
         self._announced: list[Neighbour] = []  # while gathering: who has
+        self._announcements: dict[Neighbour, list[Announce]] = {}  # until `Done`: all at once, or not at all
         self._held: list[_Held] = []
         self._met: set[tuple[Address, int]] = set()  # the lives of workers that a link was settled with
 
@@ -145,12 +146,12 @@ class Rooms:
     def on_lost(self, home: Neighbour) -> None:
         """The way to that worker is lost, and so are its peers for all we know."""
         self._held = [held for held in self._held if held.home is not home]
+        self._announcements.pop(home, None)
         for member in home.guests_here:
             self.remove(member, "lost")
-        if self.is_gathering:
-            self._awaited.discard(home.address)
+        if self.is_gathering:  # it may come back in time
+            self._awaited.add(home.address)
             self._announced = [other for other in self._announced if other is not home]
-            self._end_when_all_have()
 
     # ---- what the homes of guests say
 
@@ -161,13 +162,15 @@ class Rooms:
         try:
             if self.is_draining:
                 raise ProtocolError("draining")
+            if home.is_congested:  # the answer may be long
+                raise ProtocolError("backend_unavailable")
             self.check(join.room, join.peer)
         except ProtocolError as refusal:
             home.say(encode(Refused(join.request, refusal.entry.code, refusal.after_ms)))
             return
         room = self._relay.find_room(join.room)
         has_roster = room is not None and room.has_guest_of(home)
-        member = self._relay.add_guest(join.room, home, join.peer, next(self._ordinals), bytes(join.meta))
+        member = self._relay.add_guest(join.room, home, join.peer, next(self._ordinals), bytes(join.meta), join.request)
         _first_decides(member, join.max_peers)
         roster = None if has_roster else entries(other for other in member.room.members if other is not member)
         home.say(encode(Admitted(join.request, join.room, member.n, roster, member.room.max_peers)))
@@ -175,6 +178,10 @@ class Rooms:
 
     def _on_withdraw(self, home: Neighbour, word: Withdraw) -> None:
         self._held = [held for held in self._held if (held.home, held.request) != (home, word.request)]
+        room = self._relay.find_room(word.room)
+        member = None if room is None else room.find(word.peer)
+        if member is not None and (member.home, member.request) == (home, word.request):
+            self.remove(member, "lost")
 
     def _on_leave(self, home: Neighbour, word: Leave) -> None:
         member = home.find_guest(word.n)
@@ -187,10 +194,7 @@ class Rooms:
             self.update(member, bytes(word.meta))
 
     def _on_announce(self, home: Neighbour, word: Announce) -> None:
-        is_in_time = self.is_gathering or (home.address, home.link.generation) in self._met
-        gone = [entry.n for entry in word.members if not (is_in_time and self._take_back(home, word, entry))]
-        if gone:
-            home.say(encode(Gone(gone)))
+        self._announcements.setdefault(home, []).append(word)
 
     def _take_back(self, home: Neighbour, word: Announce, entry: Entry) -> bool:
         """False when another peer has taken its name since."""
@@ -204,6 +208,16 @@ class Rooms:
         return True
 
     def _on_done(self, home: Neighbour, word: Done) -> None:
+        is_in_time = self.is_gathering or (home.address, home.link.generation) in self._met
+        announcements = self._announcements.pop(home, [])
+        gone = [
+            entry.n
+            for announced in announcements
+            for entry in announced.members
+            if not (is_in_time and self._take_back(home, announced, entry))
+        ]
+        if gone:
+            home.say_exempt(encode(Gone(gone)))
         if self.is_gathering:
             self._awaited.discard(home.address)
             self._announced.append(home)
@@ -219,8 +233,8 @@ class Rooms:
         """It hears the rosters of all rooms with a peer of its own, then that relays may go."""
         self._met.add((home.address, home.link.generation))
         for room in {member.room for member in home.guests_here}:
-            home.say(encode(Roster(room.name, entries(room.members), room.max_peers)))
-        home.say(encode(Settled()))
+            home.say_exempt(encode(Roster(room.name, entries(room.members), room.max_peers)))
+        home.say_exempt(encode(Settled()))
 
 
 def entries(members: Iterable[Member]) -> list[Entry]:

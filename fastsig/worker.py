@@ -196,9 +196,11 @@ class Worker:
 
     def on_lost(self, link: Link) -> None:
         """The way is gone, and perhaps the worker: the supervisor knows, and makes a new one."""
-        self._passing.on_lost(self.hub.neighbour(link.address))
-        self.hub.on_lost(link)
         self._send(Unlinked(link.address.slot, link.serial))
+        try:
+            self.hub.on_lost(link)
+        finally:
+            self._passing.on_lost(self.hub.neighbour(link.address))
 
     # ---- what the supervisor says
 

@@ -393,6 +393,7 @@ class Cluster:
             self.now = min(self.now + 0.25, end)
             for host in self.hosts:
                 if host is not None:
+                    host.hub.rooms.end_gathering()
                     host.now = self.now
                     host.relay.tick(self.now)
                     host.hub.tick(self.now)
