@@ -169,6 +169,7 @@ cdef enum:
     WHEEL = 256             # slots; a deadline further away than a turn of the wheel is put back when it comes up
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
+    MAX_NAMED = 32          # recipients in an error for a broadcast, as many as a list may have
     WAITING_EACH = 64       # what a message costs besides its bytes
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
     PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
@@ -1788,9 +1789,11 @@ cdef class Relay:
             self.words[ROOMS] -= 1
         return 0
 
-    def pin(self, Room room not None):
-        """Keep a room also without members, until `unpin`."""
+    def pin(self, str room_name not None, Neighbour owner not None):
+        """A room of another owner, which is kept also without members of ours, until `unpin`."""
+        cdef Room room = self._room(owner.rooms, room_name, owner)
         room.pins += 1
+        return room
 
     def unpin(self, Room room not None):
         """Undo one `pin`."""
@@ -2185,7 +2188,8 @@ cdef class Relay:
             connection._commit(header + n)
             delivered += 1
         if unreachable is not None:
-            self._refuse_member(but, "backend_unavailable", unreachable)
+            # Of a crowd no names: an error of 53 KB for a message of 40 bytes is a weapon.
+            self._refuse_member(but, "backend_unavailable", unreachable if len(unreachable) <= MAX_NAMED else None)
         return delivered
 
     cdef int _ack(self, Pending pending) except -1:

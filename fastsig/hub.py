@@ -70,7 +70,7 @@ class _Request(NamedTuple):
     join: Join
     id: str | None
     until: float
-    room: Room | None  # of another owner, with other members of ours: its roster is kept for this one
+    room: Room | None  # of another owner: kept, since its roster may be that of this one
 
 
 class Hub:
@@ -237,7 +237,6 @@ class Hub:
             self.rooms.update(member, meta)
         elif owner.is_open:
             member.meta = meta
-            member.room.roster[member.n] = Entry(member.name, member.n, Raw(meta))  # the owner tells only the others
             owner.say(encode(Update(member.n, Raw(meta))))
         else:
             raise ProtocolError("backend_unavailable")
@@ -287,9 +286,7 @@ class Hub:
 
     def _wait(self, owner: Neighbour | None, connection: Connection, join: Join, id: str | None) -> None:
         connection.wait()
-        room = None if owner is None else owner.find_room(join.room)
-        if room is not None:
-            self._relay.pin(room)
+        room = None if owner is None else self._relay.pin(join.room, owner)
         self._asking[connection] = join.request
         self._requests[join.request] = _Request(connection, owner, join, id, self._clock() + DECISION_S, room)
 
@@ -297,6 +294,9 @@ class Hub:
         request = self._pop(word.request)
         if request is None:
             owner.say(encode(Leave(word.n, "lost")))
+            room = owner.find_room(word.room)
+            if room is not None and word.roster is not None:  # to another join of the room it will not be said again
+                room.roster = _kept(word.roster)
             return
         connection = request.connection
         _settle(connection, request.join.peer)
@@ -355,7 +355,7 @@ class Hub:
         """A new way to another worker: first it hears what it may not know, or not know any more."""
         owner = self.neighbour(link.address)
         owner.connect(link)
-        for room in owner.rooms_here:
+        for room in owner.rooms_here:  # no join is undecided: each has members
             owner.say_exempt(encode(Announce(room.name, entries(room.members), room.max_peers)))
         owner.say_exempt(encode(Done()))
 

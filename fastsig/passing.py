@@ -6,7 +6,9 @@ names no room costs nothing here.
 
 Invariant: at no time do two processes read or write one connection. The other worker touches it only after `Confirm`,
 which the offering one sends only while it still holds the connection unanswered. So an answer that comes too late, or
-never, is harmless: the connection is served where it was accepted. A passed connection is never passed again.
+never, is harmless: the connection is served where it was accepted. A passed connection is never passed again. A worker
+that owes an answer for longer than `ANSWER_S` is offered nothing more until it gives it: what lies in its queue is a
+copy that keeps a connection open, and one of the descriptors that this user may have on their way.
 
 Must not know: what is in a request. Read `connection` for `Handshake`, `bus_messages` for what the two workers say.
 """
@@ -39,6 +41,7 @@ class Passing:
         self._door = door
         self._numbers = itertools.count(1)
         self._offers: dict[int, tuple[Neighbour, Handshake, asyncio.TimerHandle]] = {}
+        self._silent: dict[Neighbour, int] = {}  # offers that it has left unanswered
         self._offered: dict[tuple[Neighbour, int], tuple[int, bytes]] = {}
         door.pass_on = self.offer
         hub.handle(Offer, self._on_offer)
@@ -47,6 +50,7 @@ class Passing:
 
     def on_lost(self, neighbour: Neighbour) -> None:
         """Nothing was confirmed to us that we have not heard; what we have not confirmed is ours."""
+        self._silent.pop(neighbour, None)
         for key in [key for key in self._offered if key[0] is neighbour]:
             os.close(self._offered.pop(key)[0])
         for number in [number for number, offer in self._offers.items() if offer[0] is neighbour]:
@@ -57,13 +61,20 @@ class Passing:
     def offer(self, handshake: Handshake, room: str, received: bytes) -> bool:
         """Ask the owner of the room to serve it. False when there is nobody to ask: serve it at once."""
         owner = self._hub.owner(room)
-        if owner is None or not owner.is_open or not owner.link.is_local or len(self._offers) >= UNDECIDED:
+        if owner is None or not owner.is_open or not owner.link.is_local:
+            return False
+        if owner in self._silent or len(self._offers) >= UNDECIDED:
             return False
         number = next(self._numbers)
         if not owner.say_now(encode(Offer(number, received)), (handshake.fileno(),)):
             return False
-        self._offers[number] = (owner, handshake, self._loop.call_later(ANSWER_S, self._serve_here, number))
+        self._offers[number] = (owner, handshake, self._loop.call_later(ANSWER_S, self._on_silence, number))
         return True
+
+    def _on_silence(self, number: int) -> None:
+        owner = self._offers[number][0]
+        self._silent[owner] = self._silent.get(owner, 0) + 1
+        self._serve_here(number)
 
     def _on_accept(self, owner: Neighbour, word: Accept) -> None:
         offer = self._offers.get(word.request)
@@ -71,6 +82,7 @@ class Passing:
         if word.is_willing:
             owner.say(encode(Confirm(word.request, is_yours)))
         if offer is None:
+            self._forgive(owner)
             return
         if is_yours:
             del self._offers[word.request]
@@ -79,6 +91,12 @@ class Passing:
             self._relay.count(_PASSED)
         else:
             self._serve_here(word.request)
+
+    def _forgive(self, owner: Neighbour) -> None:
+        """One answer that came late. When all have come it may be asked again."""
+        left = self._silent.pop(owner, 0) - 1
+        if left > 0:
+            self._silent[owner] = left
 
     def _serve_here(self, number: int) -> None:
         _, handshake, timer = self._offers.pop(number)

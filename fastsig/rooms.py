@@ -127,12 +127,12 @@ class Rooms:
         self._relay.publish(room, text, member, word, knows)
 
     def update(self, member: Member, meta: bytes) -> None:
-        """New metadata; the others hear of it."""
+        """New metadata; the others hear of it, and a guest's home: what it has as the roster is what we said."""
         room = member.room
         member.meta = meta
         text = protocol.peer_updated(room.name, member.name, member.n, Raw(meta))
         word = encode(Updated(room.name, member.n, Raw(meta))) if room.guests else None
-        self._relay.publish(room, text, member, word)
+        self._relay.publish(room, text, member if member.home is None else None, word)
 
     def remove(self, member: Member, reason: str) -> None:
         """A member less; the others hear why."""
