@@ -11,6 +11,7 @@ Must not know: rooms, messages, processes. RFC 9112 §3, §5 and RFC 6455 §4.2 
 import asyncio
 import base64
 import binascii
+import contextlib
 import hashlib
 import os
 import re
@@ -18,6 +19,7 @@ import resource
 import select
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -348,9 +350,9 @@ def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
 class Acceptor:
     """Accepts from one listening socket, which it takes over. `serve(fd)` gets each connection, close-on-exec.
 
-    Of a socket that other processes accept from too (`is_shared`) one of them wakes per connection. It stops shortly
-    before this process has no descriptor left, and goes on when some are closed: a loop that cannot accept what is
-    waiting burns a core. A server of the loop would do that; it also costs a third more CPU per connection.
+    It stops shortly before this process has no descriptor left, and goes on when some are closed: a loop that cannot
+    accept what is waiting burns a core. A server of the loop would do that; it also costs a third more CPU per
+    connection. `is_shared`: other processes accept from the socket too, and one of them is to wake per connection.
     """
 
     def __init__(
@@ -365,19 +367,35 @@ class Acceptor:
         self._loop = loop
         self._listener = listener
         self._serve = serve
-        self._epoll = select.epoll(1) if is_shared else None
-        if self._epoll is not None:
-            self._epoll.register(listener.fileno(), select.EPOLLIN | select.EPOLLEXCLUSIVE)
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = sys.maxsize if most == resource.RLIM_INFINITY else most
         self._ceiling = self._most - min(SPARE_DESCRIPTORS, self._most // 16)
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
-        loop.add_reader(self._watched, self._on_readable)
+        self._sleeper = _Sleeper(listener.fileno(), self._wake) if is_shared else None
+        self._watch()
 
     @property
-    def _watched(self) -> int:
-        return self._listener.fileno() if self._epoll is None else self._epoll.fileno()
+    def is_full(self) -> bool:
+        """It does not accept for now, for want of descriptors."""
+        return self._timer is not None
+
+    def _watch(self) -> None:
+        if self._sleeper is None:
+            self._loop.add_reader(self._listener.fileno(), self._on_readable)
+        else:
+            self._sleeper.sleep()
+
+    def _wake(self) -> None:
+        """Called in the sleeper's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._on_woken)
+
+    def _on_woken(self) -> None:
+        if not self._is_closed:
+            self._on_readable()
+            if self._timer is None:
+                self._watch()
 
     def _on_readable(self) -> None:
         try:
@@ -395,7 +413,8 @@ class Acceptor:
             self._rest()
 
     def _rest(self) -> None:
-        self._loop.remove_reader(self._watched)
+        if self._sleeper is None:
+            self._loop.remove_reader(self._listener.fileno())
         self._timer = self._loop.call_later(REST_S, self._look)
 
     def _look(self) -> None:
@@ -406,7 +425,8 @@ class Acceptor:
         except OSError:
             fd = self._most
         if fd < self._ceiling - self._most // 10:
-            self._loop.add_reader(self._watched, self._on_readable)
+            self._timer = None
+            self._watch()
         else:
             self._timer = self._loop.call_later(REST_S, self._look)
 
@@ -416,10 +436,49 @@ class Acceptor:
             self._is_closed = True
             if self._timer is not None:
                 self._timer.cancel()
-            self._loop.remove_reader(self._watched)
-            if self._epoll is not None:
-                self._epoll.close()
+            if self._sleeper is None:
+                self._loop.remove_reader(self._listener.fileno())
+            else:
+                self._sleeper.close()
             self._listener.close()
+
+
+class _Sleeper:
+    """Wakes for connections of a shared listening socket: of all processes that sleep so, the kernel wakes one.
+
+    EPOLLEXCLUSIVE counts only those who sleep in the very epoll that watches the socket; a loop that watches this epoll
+    is not one (measured: with 8 workers each connection woke all 8). So a thread sleeps. `wake` is called in it, once
+    for each `sleep`.
+    """
+
+    def __init__(self, fd: int, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._epoll = select.epoll()
+        self._epoll.register(fd, select.EPOLLIN | select.EPOLLEXCLUSIVE)
+        self._end = os.eventfd(0, os.EFD_CLOEXEC)
+        self._epoll.register(self._end, select.EPOLLIN)
+        self._may_sleep = threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def sleep(self) -> None:
+        """Until there is a connection."""
+        self._may_sleep.release()
+
+    def _run(self) -> None:
+        while True:
+            self._may_sleep.acquire()
+            if any(fd == self._end for fd, _ in self._epoll.poll()):
+                return
+            self._wake()
+
+    def close(self) -> None:
+        """Waits for the end of the thread."""
+        os.eventfd_write(self._end, 1)
+        self._may_sleep.release()
+        self._thread.join()
+        self._epoll.close()
+        os.close(self._end)
 
 
 class Discard(asyncio.Protocol):

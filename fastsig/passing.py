@@ -25,7 +25,8 @@ from .connection import Door, Handshake
 from .hub import Hub
 
 ANSWER_S: Final = 0.25  # then it is served here (ARCHITECTURE §1)
-UNDECIDED: Final = 1024  # offers at once, in either direction; what is above is served where it was accepted
+OFFERS: Final = 64  # undecided at once; what is above is served where it was accepted
+OFFERED: Final = 1024  # the same on the other side, over all workers
 
 _PASSED: Final = metrics.INDEX["connections_passed_total"]
 
@@ -63,7 +64,7 @@ class Passing:
         owner = self._hub.owner(room)
         if owner is None or not owner.is_open or not owner.link.is_local:
             return False
-        if owner in self._silent or len(self._offers) >= UNDECIDED:
+        if owner in self._silent or len(self._offers) >= OFFERS:
             return False
         number = next(self._numbers)
         if not owner.say_now(encode(Offer(number, received)), (handshake.fileno(),)):
@@ -107,7 +108,7 @@ class Passing:
     # ---- the worker that owns the room
 
     def _on_offer(self, neighbour: Neighbour, word: Offer) -> None:
-        is_willing = self._door.is_ready and bool(self.arrived) and len(self._offered) < UNDECIDED
+        is_willing = self._door.is_ready and bool(self.arrived) and len(self._offered) < OFFERED
         if is_willing:
             self._offered[neighbour, word.request] = (self.arrived.pop(), word.data)
         neighbour.say(encode(Accept(word.request, is_willing)))
