@@ -17,7 +17,8 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Final
@@ -310,15 +311,19 @@ def _others(directory: Path) -> str:
 
 
 _COLUMNS: Final = {
-    "connections": "connections", "rooms": "rooms", "members": "members",
-    "delivered": "messages_delivered_total", "errors": "errors_sent_total",
+    "connections": "connections", "rooms": "rooms", "members": "members", "remote": "remote_members",
+    "relayed": "relayed_messages_received_total", "away": "relayed_away_total", "delivered": "messages_delivered_total",
+    "passed": "connections_passed_total", "errors": "errors_sent_total", "restarts": "restarts_total",
 }  # fmt: skip
+_BYTES: Final = {"MiB in": "received_bytes_total", "MiB out": "sent_bytes_total"}
 
 
 def table(status: Status, now: float) -> str:
     """What `fastsig status` prints. `now`: unix seconds."""
-    head = ["slot", "pid", "generation", "up since", *_COLUMNS, "CPU %", "MiB"]
+    head = ["slot", "pid", "generation", "up since", *_COLUMNS, *_BYTES, "CPU %", "RSS MiB"]
     rows = [head, *(_row(worker) for worker in status.workers)]
+    if len(status.workers) > 1:
+        rows.append(["all", "", "", "", *_counted(_sum(worker.counters for worker in status.workers)), "", ""])
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     first = f"fastsig {status.version}, pid {status.pid}, up {duration(now - status.started_at)}: "
@@ -332,10 +337,27 @@ def _row(worker: WorkerStatus) -> list[str]:
         "-" if worker.pid is None else str(worker.pid),
         str(worker.generation),
         "-" if process is None else f"{datetime.fromtimestamp(process.started_at):%Y-%m-%d %H:%M:%S}",  # noqa: DTZ006 (local time)
-        *(str(worker.counters.get(name, "-")) for name in _COLUMNS.values()),
+        *_counted(worker.counters),
         "-" if worker.cpu_percent is None else f"{worker.cpu_percent:.1f}",
-        "-" if process is None else f"{process.memory_bytes / (1 << 20):.1f}",
+        "-" if process is None else _mebibytes(process.memory_bytes),
     ]
+
+
+def _sum(all_counters: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for counters in all_counters:
+        total.update(counters)
+    return total
+
+
+def _counted(counters: dict[str, int]) -> list[str]:
+    """A server of another version may not have all."""
+    counts = [str(counters.get(name, "-")) for name in _COLUMNS.values()]
+    return counts + [_mebibytes(counters[name]) if name in counters else "-" for name in _BYTES.values()]
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / (1 << 20):.1f}"
 
 
 def duration(seconds: float) -> str:
