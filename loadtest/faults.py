@@ -445,6 +445,7 @@ async def _stop_once(
             if length_s > STUCK_S:
                 is_replaced = await _is_replaced(server, ready, STUCK_S + 3)
                 report.expect(is_replaced or report.workers == 1, f"slot {slot} was not replaced")
+                _excuse_silent_rooms(report, swarm, began + NOTICE_S, began + STUCK_S - 1)
             await asyncio.sleep(max(0.0, began + length_s - time.monotonic()))
         finally:
             if victim.pid in children(server.process.pid):
@@ -497,6 +498,15 @@ async def _those_who_answer(clients: Sequence[Client], within_s: float) -> list[
 
     found = await asyncio.gather(*(answers(client) for client in clients))
     return [client for client, is_awake in zip(clients, found, strict=True) if is_awake]
+
+
+def _excuse_silent_rooms(report: Report, swarm: Swarm, start: float, end: float) -> None:
+    """What its owner had not read when it was killed is lost, and a member hears of that only if it speaks in the
+    moment in which there is no owner. Rooms in which nothing of those seconds ever came had the one that slept."""
+    heard = {sample.room for sample in swarm.samples if start <= sample.sent_at <= end}
+    rooms = {room for client in swarm.clients for room in client.wanted}
+    report.expect(bool(heard), "nothing came in any room while one worker slept")
+    swarm.refused |= dict.fromkeys(rooms - heard, time.monotonic())
 
 
 def _rooms_that_waited(swarm: Swarm, awake: set[str], began: float, length_s: float) -> set[str]:
