@@ -109,6 +109,37 @@ def test_worker_has_only_the_descriptors_that_it_needs(serve: Serve) -> None:
     assert _descriptors(second) == held
 
 
+def test_supervisor_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
+    readable, writable = os.pipe()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [PYTHON, "-m", "fastsig", "serve", "--workers", "2", "--port", str(port), "--server.drain-seconds", "0",
+         "--server.runtime-dir", str(tmp_path / "run")],
+        stderr=writable,
+    )  # fmt: skip
+    try:
+        text = b""
+        while b"serving" not in text:
+            text += os.read(readable, 65536)
+        other = os.open(f"/proc/self/fd/{writable}", os.O_WRONLY | os.O_NONBLOCK)  # a description of its own
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(other, b"x" * 100)
+        os.close(other)
+        victim = children(process.pid)[0]
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(set(children(process.pid)) - {victim}) == 2, "no successor")
+        process.terminate()
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writable)
+        os.close(readable)
+
+
 def test_worker_is_out_of_reach_of_the_terminal(serve: Serve) -> None:
     server = serve()
     (worker,) = children(server.process.pid)
