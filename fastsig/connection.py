@@ -376,6 +376,11 @@ class Acceptor:
         loop.add_reader(self._watched, self._on_readable)
 
     @property
+    def is_resting(self) -> bool:
+        """Descriptors are short: what waits is left to others."""
+        return self._timer is not None
+
+    @property
     def _watched(self) -> int:
         return self._listener.fileno() if self._epoll is None else self._epoll.fileno()
 
@@ -406,6 +411,7 @@ class Acceptor:
         except OSError:
             fd = self._most
         if fd < self._ceiling - self._most // 10:
+            self._timer = None
             self._loop.add_reader(self._watched, self._on_readable)
         else:
             self._timer = self._loop.call_later(REST_S, self._look)

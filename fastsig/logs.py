@@ -54,6 +54,7 @@ EVENTS: Final[dict[str, str]] = {
     "connections_dropped": "No worker took `connections` that were accepted for a slot that does not serve.",
     "worker_failed": "A worker ends because the machine refuses it something, for `reason`.",
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
+    "cannot_receive": "A worker has no room for what it was sent, for `reason`: it is sent elsewhere, or again.",
     "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",

@@ -215,7 +215,7 @@ def test_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
 
 
 def test_descriptors_that_a_worker_sends_are_not_kept(fleet: Callable[..., "Fleet"]) -> None:
-    made = fleet(slots=2, special="def on_reload(): channel.send(Hand([0] * 8)) if boot.generation == 1 else None")
+    made = fleet(slots=2, special="def on_reload(): channel.send(Hand(1, [0] * 8)) if boot.generation == 1 else None")
     before = _descriptors(made.process.pid)
     made.process.send_signal(signal.SIGHUP)
     made.wait_for(2, "worker_unknown_message")
@@ -249,7 +249,6 @@ def test_modules_in_the_current_folder_are_not_ours(serve: Serve, tmp_path: Path
 
 SERVING = """\
     import contextlib, json, select
-    from fastsig.control import Reload
     def say(event, **fields):
         line = {"event": event, "slot": boot.slot, "generation": boot.generation, "pid": os.getpid(), **fields}
         os.write(2, (json.dumps(line) + "\\n").encode())
@@ -258,6 +257,7 @@ SERVING = """\
             connection.sendall(f"{boot.slot}".encode())
     def on_link(slot, serial): pass
     def on_reload(): pass
+    def takes(fds): return True
     def on_packet(slot, serial, packet): pass
     SPECIAL
     end.setblocking(False)
@@ -272,8 +272,9 @@ SERVING = """\
         channel.send(Heartbeat())
         for one in readable:
             if one in listeners:
-                with contextlib.suppress(BlockingIOError):
-                    answer(one.accept()[0])
+                try: answer(one.accept()[0])
+                except BlockingIOError: pass
+                except OSError: listeners.remove(one); say("shut")
             elif one in ends:
                 slot, serial = ends[one]
                 if links.get(slot, (0,))[0] != serial: continue  # replaced in this very turn
@@ -288,8 +289,12 @@ SERVING = """\
                         links[slot] = serial, socket.socket(fileno=fd)
                         say("link", to=slot, life=generation, serial=serial, blocks=os.get_blocking(fd))
                         on_link(slot, serial)
-                    case Hand(fds):
-                        say("hand", count=len(fds))
+                    case Hand(serial, fds):
+                        if not takes(fds):
+                            for fd in fds: os.close(fd)
+                            say("not_taken", count=len(fds)); channel.send(Handed(serial, False))
+                            continue
+                        say("hand", count=len(fds)); channel.send(Handed(serial, True))
                         for fd in fds: answer(socket.socket(fileno=fd))
                     case Reload(): on_reload(); say("reload")
                     case Drain(): channel.send(Stopped()); say("drain")
