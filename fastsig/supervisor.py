@@ -9,6 +9,8 @@ for its successor, or is handed to the others. A worker's end of its control cha
 worker alone: each side sees the other's end. Between two workers the newest link holds; all of them were made here.
 No worker is told to end before all are empty, or the drain's deadline has come: the rooms of one may need another.
 A worker's silence counts only while we listened: when this process itself was stopped or starved, nobody is killed.
+No deadline is missed before all that was said until then is handled. A connection that a worker was handed is kept here
+until that worker has said whether it has it.
 Must not know: what a worker does; it is executed, never imported. Read `control` for what the two say to each other.
 """
 

@@ -546,7 +546,8 @@ def test_connections_that_a_worker_has_no_room_for_are_handed_to_another(fleet: 
     made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0", special="def takes(fds): return boot.slot != 2")
     before = _descriptors(made.process.pid)
     os.kill(made.pid(1), signal.SIGKILL)
-    assert made.ask(60).total() == 60
+    answers = made.ask(60)
+    assert answers.keys() == {"0", "2"} and answers.total() == 60
     assert made.said("not_taken", slot=2)
     assert {one["slot"] for one in made.said("hand")} == {0}
     until(lambda: _descriptors(made.process.pid) < before, "copies were kept")
@@ -611,6 +612,7 @@ def test_supervisor_with_much_to_do_blames_nobody_and_takes_several_hangups_as_o
             made.process.send_signal(signal.SIGHUP)
             time.sleep(0.001)  # else the kernel makes one of several
         made.wait_for(count, "reloaded")
+    assert made.stop() == 0
     assert len(made.said("reloaded")) <= 2 * 6
     assert not made.said("worker_stuck") and not made.said("worker_died")
 
