@@ -347,6 +347,14 @@ def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
         data = data[count:]
 
 
+def descriptor_limits() -> tuple[int, int]:
+    """How many this process may have, and the number from which on one is not for another connection."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if most == resource.RLIM_INFINITY:
+        most = sys.maxsize
+    return most, most - min(SPARE_DESCRIPTORS, most // 16)
+
+
 class Acceptor:
     """Accepts from one listening socket, which it takes over. `serve(fd)` gets each connection, close-on-exec.
 
@@ -367,17 +375,15 @@ class Acceptor:
         self._loop = loop
         self._listener = listener
         self._serve = serve
-        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = sys.maxsize if most == resource.RLIM_INFINITY else most
-        self._ceiling = self._most - min(SPARE_DESCRIPTORS, self._most // 16)
+        self._most, self._ceiling = descriptor_limits()
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
         self._sleeper = _Sleeper(listener.fileno(), self._wake) if is_shared else None
         self._watch()
 
     @property
-    def is_full(self) -> bool:
-        """It does not accept for now, for want of descriptors."""
+    def is_resting(self) -> bool:
+        """Descriptors are short: what waits is left to others."""
         return self._timer is not None
 
     def _watch(self) -> None:

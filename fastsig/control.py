@@ -12,11 +12,8 @@ What a worker inherits by its execution (listening sockets, the counters) is nam
 import array
 import contextlib
 import enum
-import fcntl
 import os
 import socket
-import sys
-import termios
 from collections.abc import Iterable
 from typing import Final, Literal
 
@@ -67,8 +64,12 @@ class Link(Struct, tag="link", frozen=True):
 
 
 class Hand(Struct, tag="hand", frozen=True):
-    """To the worker: connections from the queue of a slot that does not serve. Accepted, nothing read: serve them."""
+    """To the worker: connections from the queue of a slot that does not serve. Accepted, nothing read: serve them.
 
+    The answer is `Handed` with this `serial`: until then the supervisor keeps copies, for another worker.
+    """
+
+    serial: int
     fds: list[int] = msgspec.field(default_factory=list)
 
 
@@ -108,7 +109,16 @@ class Failed(Struct, tag="failed", frozen=True):
 
 
 class Heartbeat(Struct, tag="heartbeat", frozen=True):
-    """To the supervisor, every half second: the loop turns."""
+    """To the supervisor, every half second: the loop turns. `is_full`: this worker has no room for more connections."""
+
+    is_full: bool = False
+
+
+class Handed(Struct, tag="handed", frozen=True):
+    """To the supervisor: what was in the `Hand` of this `serial` is served here; or, not `is_taken`, none of it is."""
+
+    serial: int
+    is_taken: bool
 
 
 class Stopped(Struct, tag="stopped", frozen=True):
@@ -123,13 +133,20 @@ class Unlinked(Struct, tag="unlinked", frozen=True):
 
 
 ToWorker = Boot | Link | Hand | Drain | Reload | Stop
-ToSupervisor = Ready | Failed | Heartbeat | Stopped | Unlinked
+ToSupervisor = Ready | Failed | Heartbeat | Handed | Stopped | Unlinked
 Message = ToWorker | ToSupervisor
 
 
 class ControlError(Exception):
     """The other end said something that is no message (the two processes are of different versions), or this process
-    has no room for the descriptors that came with it. What came is closed."""
+    has no room for the descriptors that came with it. What came is closed.
+
+    `message` is what was said, if that was understood; its descriptors are all -1.
+    """
+
+    def __init__(self, text: str, message: "Message | None" = None) -> None:
+        super().__init__(text)
+        self.message = message
 
 
 class _Nothing(enum.Enum):
@@ -207,10 +224,6 @@ class Channel:
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         self._socket.sendmsg([packet], ancillary, socket.MSG_NOSIGNAL)
 
-    def has_unread(self) -> bool:
-        """Is there anything sent that the other end has not received? Not after its end, which drops all of that."""
-        return int.from_bytes(fcntl.ioctl(self._socket, termios.TIOCOUTQ, bytes(_INT_BYTES)), sys.byteorder) > 0
-
     def receive(self) -> Message | Literal[_Nothing.NOTHING] | None:
         """The next message; NOTHING when there is none yet; None at the end of the channel. Raises ControlError.
 
@@ -250,7 +263,8 @@ def _with(message: Message, came: list[int], *, is_cut: bool) -> Message:
         close_all(came)
         return message
     if is_cut or len(came) != len(message.fds):
-        raise ControlError(f"{len(message.fds)} descriptors announced, {len(came)} arrived{' (cut)' * is_cut}")
+        text = f"{len(message.fds)} descriptors announced, {len(came)} arrived{' (cut)' * is_cut}"
+        raise ControlError(text, message)
     return msgspec.structs.replace(message, fds=came)
 
 

@@ -4,13 +4,17 @@ A line has `ts` (UTC, RFC 3339), `level`, `event`, `logger`, then the fields: as
 `EVENTS` is the whole vocabulary; `docs/logs.md` is made from it, and a test refuses a call with any other name.
 
 Never logged: tokens, secrets, payloads (SDP, candidates). Never on the hot path: even a call that is filtered out costs
-0.15 µs. Logging never raises and never fails its caller: what cannot be shown is named, what cannot be written is lost.
+0.15 µs. Logging never raises, blocks or fails its caller: what cannot be shown is named, what cannot be written at once
+is lost, counted, and said in `lines_lost` before the next line that can.
 Must not know: what any event means to the rest of the program.
 """
 
+import errno
 import json
 import logging
 import os
+import select
+import stat
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,6 +54,7 @@ EVENTS: Final[dict[str, str]] = {
     "connections_dropped": "No worker took `connections` that were accepted for a slot that does not serve.",
     "worker_failed": "A worker ends because the machine refuses it something, for `reason`.",
     "worker_unknown_message": "The worker of `slot` said what nobody understands, and is killed: two versions at once?",
+    "cannot_receive": "A worker has no room for what it was sent, for `reason`: it is sent elsewhere, or again.",
     "supervisor_gone": "The supervisor has ended: this worker drains over `drain_seconds` and ends too.",
     # a connection
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
@@ -57,9 +62,12 @@ EVENTS: Final[dict[str, str]] = {
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
+    "lines_lost": "So many `lines` of this process's log were lost: whoever is to read them did not take them in time.",
     "library_message": "A library said `message` through Python's logging; `logger` is its name.",
 }
 LEVELS: Final = {"trace": 5, "debug": 10, "info": 20, "warning": 30, "error": 40}
+
+PIECE_BYTES: Final = 4096  # a pipe that has any room takes so many at once (PIPE_BUF)
 
 _DEPTH: Final = 4  # of lists in lists
 _COLOURS: Final = {"trace": "2", "debug": "2", "info": "32", "warning": "33", "error": "31"}
@@ -130,15 +138,82 @@ class _Output:
     is_json: bool = False
     is_coloured: bool = False
     fields: dict[str, object] = field(default_factory=dict)
+    lost: int = 0  # lines since the last one that was written
+    is_cut: bool = False  # the last one was, in its middle
 
     def write(self, line: str) -> None:
         """One write per line, so that lines of several processes do not mix (up to 4 KiB in a pipe)."""
+        if self.lost:
+            lost, self.lost = self.lost, 0
+            _log.error("lines_lost", lines=lost)  # comes back here, and counts itself when it is lost too
+            if self.lost:
+                self.lost = lost + 1
+                return
+        if not self._is_written(line):
+            self.lost += 1
+
+    def _is_written(self, line: str) -> bool:
         stream = self.stream or sys.stderr
         try:
+            fd = stream.fileno()
+        except (OSError, ValueError, AttributeError):  # memory, closed, never there
+            fd = -1
+        try:
+            if fd >= 0:
+                return self._is_sent(fd, line.encode(stream.encoding or "utf-8", "backslashreplace"))
             stream.write(line)
             stream.flush()
         except (OSError, ValueError, AttributeError):  # full, gone, closed, never there: nobody is left to tell
-            return
+            return False
+        return True
+
+    def _is_sent(self, fd: int, line: bytes) -> bool:
+        """As far as the reader takes it now. A line that is cut ends where the next one begins."""
+        rest = memoryview(b"\n" * self.is_cut + line)
+        length = len(rest)
+        while rest and (count := _write_at_once(fd, rest)):
+            rest = rest[count:]
+        if len(rest) < length:
+            self.is_cut = bool(rest)
+        return not rest
+
+
+def _write_at_once(fd: int, data: memoryview) -> int:
+    """How many bytes were written without waiting for a reader; 0 for none. Raises OSError.
+
+    O_NONBLOCK belongs to the open file: the shell, and whoever else writes there, would get it. So where a write cannot
+    be told not to wait, the file is opened once more.
+    """
+    kind = os.fstat(fd).st_mode
+    if stat.S_ISREG(kind):
+        return os.write(fd, data)
+    try:
+        if stat.S_ISFIFO(kind) or stat.S_ISSOCK(kind):
+            return os.pwritev(fd, [data], -1, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return 0
+    except OSError as error:  # before Linux 6.4
+        if error.errno not in {errno.EOPNOTSUPP, errno.ESPIPE, errno.EINVAL}:
+            raise
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # a socket, or another user's terminal
+        own = -1
+    try:
+        if own >= 0:
+            return os.write(own, data)
+        return os.write(fd, data[:PIECE_BYTES]) if _takes(fd) else 0
+    except BlockingIOError:
+        return 0
+    finally:
+        if own >= 0:
+            os.close(own)
+
+
+def _takes(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return any(happened & select.POLLOUT for _, happened in poll.poll(0))
 
 
 _output: Final = _Output()
@@ -239,6 +314,8 @@ def _quoted(value: object) -> str:
 def _printable(line: str) -> str:
     return line if line.isprintable() else line.encode("unicode_escape").decode()
 
+
+_log: Final = get(__name__)
 
 _PREAMBLE: Final = """\
 # Log events

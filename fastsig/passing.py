@@ -21,7 +21,7 @@ from typing import Final
 from . import metrics
 from ._relay import Neighbour, Relay
 from .bus_messages import Accept, Confirm, Offer, encode
-from .connection import Door, Handshake
+from .connection import Door, Handshake, descriptor_limits
 from .hub import Hub
 
 ANSWER_S: Final = 0.25  # then it is served here (ARCHITECTURE §1)
@@ -41,6 +41,7 @@ class Passing:
         self._hub = hub
         self._door = door
         self._numbers = itertools.count(1)
+        self._ceiling = descriptor_limits()[1]
         self._offers: dict[int, tuple[Neighbour, Handshake, asyncio.TimerHandle]] = {}
         self._silent: dict[Neighbour, int] = {}  # offers that it has left unanswered
         self._offered: dict[tuple[Neighbour, int], tuple[int, bytes]] = {}
@@ -108,7 +109,8 @@ class Passing:
     # ---- the worker that owns the room
 
     def _on_offer(self, neighbour: Neighbour, word: Offer) -> None:
-        is_willing = self._door.is_ready and bool(self.arrived) and len(self._offered) < OFFERED
+        has_room = bool(self.arrived) and self.arrived[0] < self._ceiling and len(self._offered) < OFFERED
+        is_willing = has_room and self._door.is_ready
         if is_willing:
             self._offered[neighbour, word.request] = (self.arrived.pop(), word.data)
         neighbour.say(encode(Accept(word.request, is_willing)))

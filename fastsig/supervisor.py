@@ -9,6 +9,8 @@ for its successor, or is handed to the others. A worker's end of its control cha
 worker alone: each side sees the other's end. Between two workers the newest link holds; all of them were made here.
 No worker is told to end before all are empty, or the drain's deadline has come: the rooms of one may need another.
 A worker's silence counts only while we listened: when this process itself was stopped or starved, nobody is killed.
+No deadline is missed before all that was said until then is handled. A connection that a worker was handed is kept here
+until that worker has said whether it has it.
 Must not know: what a worker does; it is executed, never imported. Read `control` for what the two say to each other.
 """
 
@@ -44,6 +46,7 @@ from .control import (
     Drain,
     Failed,
     Hand,
+    Handed,
     Heartbeat,
     Link,
     Message,
@@ -71,11 +74,11 @@ STUCK_S: Final = 1.0  # a worker that is silent for so long does not accept
 REPLACE_S: Final = 10.0  # and after this it is killed
 STARTING: Final = 8  # workers that start at once: each has a link to all others unread, which the kernel counts
 START_S: Final = 30.0  # a worker that is not ready after this is killed
+READ: Final = 64  # messages of one worker before a deadline is looked at: what it had said until then, as a rule
 ACCEPTS: Final = 16  # in one turn, from one socket of a slot that does not serve
 HANDED: Final = 8  # at most in one message, so that all who serve get some
 IN_HAND: Final = 64  # connections that are accepted, and not with a worker yet
 IN_HAND_S: Final = 5.0
-CONFIRM_S: Final = 0.005  # until it is looked whether a worker has received what it was handed
 MOST_DESCRIPTORS: Final = 1 << 20  # the kernel's own limit as a rule; a table of more costs memory
 SPARE_DESCRIPTORS: Final = 128  # those in hand, and whatever else comes up while the server runs
 PORT_TRIES: Final = 16
@@ -93,10 +96,10 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     try:
-        slots, are_shared = _listeners(config)
+        slots, are_ours = _listeners(config)
         _raise_descriptor_limit()
         _check_descriptors(len(slots))
-        made = _made(config, slots, reload or (lambda: config), worker, are_shared=are_shared)
+        made = _made(config, slots, reload or (lambda: config), worker, are_ours=are_ours)
         return uvloop.run(made.run())
     except StartError as error:
         _log.error("cannot_start", reason=str(error))
@@ -109,10 +112,10 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
 
 
 def _made(
-    config: Config, slots: list[list[socket.socket]], reload: Callable[[], Config], worker: str, *, are_shared: bool
+    config: Config, slots: list[list[socket.socket]], reload: Callable[[], Config], worker: str, *, are_ours: bool
 ) -> "Supervisor":
     try:
-        return Supervisor(config, slots, reload, worker, are_shared=are_shared)
+        return Supervisor(config, slots, reload, worker, are_ours=are_ours)
     except OSError as error:
         raise StartError(f"this machine has no room for the counters: {error}") from error
 
@@ -123,12 +126,12 @@ def slot_count(config: Config) -> int:
 
 
 def _listeners(config: Config) -> tuple[list[list[socket.socket]], bool]:
-    """For each slot, and whether they are the same for all: those of systemd. Raises StartError."""
+    """For each slot, and whether they were made here; those of systemd are the same for all. Raises StartError."""
     count = slot_count(config)
     taken = systemd.listeners(os.environ, os.getpid())
     if taken:
-        return [taken] * count, count > 1
-    return listen(config.server.host, config.server.port, count, config.server.backlog), False
+        return [taken] * count, False
+    return listen(config.server.host, config.server.port, count, config.server.backlog), True
 
 
 def _raise_descriptor_limit() -> None:
@@ -184,11 +187,16 @@ class _Slot:
     is_launched: bool = False  # has been ready in some generation
     is_empty: bool = False  # drained: nobody is connected to its worker any more
     is_stuck: bool = False  # its silence was found
+    is_full: bool = False  # its worker has no room for more connections
     is_given_up: bool = False  # it is killed, and about to end
 
     @property
-    def accepts(self) -> bool:
+    def is_serving(self) -> bool:
         return self.is_ready and not self.is_given_up and self.silent_s < STUCK_S
+
+    @property
+    def accepts(self) -> bool:
+        return self.is_serving and not self.is_full
 
 
 class Fleet:
@@ -238,7 +246,7 @@ class Fleet:
                 slot.started_at = now
                 slot.silent_s = 0.0
                 slot.due_at = None
-                slot.is_empty = slot.is_stuck = slot.is_given_up = False
+                slot.is_empty = slot.is_stuck = slot.is_full = slot.is_given_up = False
                 starts.append(Start(number, slot.generation))
         return starts
 
@@ -258,6 +266,10 @@ class Fleet:
         this.silent_s = 0.0
         self._has_served = self._has_served or self.is_ready
         return now - this.started_at
+
+    def on_full(self, slot: int, *, is_full: bool) -> None:
+        """The worker of `slot` has no room for more connections; or has it again."""
+        self._slots[slot].is_full = is_full
 
     def on_heartbeat(self, slot: int) -> bool:
         """Returns whether the worker of `slot` had been found stuck. One that is not ready is not excused by it."""
@@ -290,13 +302,21 @@ class Fleet:
         return [number for number, slot in enumerate(self._slots) if slot.accepts]
 
     def deserted(self) -> list[int]:
-        """The slots whose connections others should take: their worker is dead, not ready yet, or stuck.
+        """The slots whose connections others should take: their worker is dead, not ready yet, stuck, or full.
 
         None before all were ready once, none while stopping, and none when there is nobody else.
         """
         if self.is_stopping or not self._has_served or not self.accepting():
             return []
         return [number for number, slot in enumerate(self._slots) if not slot.accepts]
+
+    def unserved(self) -> list[int]:
+        """The slots that nobody accepts from, nor will if nothing is started any more: without a worker, or stuck."""
+        return [
+            number
+            for number, slot in enumerate(self._slots)
+            if slot.due_at is not None or slot.is_given_up or (slot.is_ready and not slot.is_serving)
+        ]
 
     def generation(self, slot: int) -> int:
         """How often `slot` was started."""
@@ -347,7 +367,7 @@ class _Outbox:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._waiting: deque[ToWorker] = deque()
-        self._unread: list[int] = []  # copies of what was offered and perhaps not received yet
+        self._offered: dict[int, list[int]] = {}  # by serial: copies of what was handed over and is not confirmed yet
         self._is_watched = False
 
     def send(self, message: ToWorker) -> None:
@@ -356,28 +376,29 @@ class _Outbox:
             self._waiting.append(message)
         self.flush()
 
-    def offer(self, message: ToWorker) -> bool:
-        """Now or not at all: then its descriptors are still the caller's. Else `confirm` closes them, or `take_back`
-        gives them up again."""
-        fds = control.descriptors(message)
-        self.confirm()
-        if self._waiting or len(self._unread) + len(fds) > control.DESCRIPTORS:
+    def offer(self, hand: Hand) -> bool:
+        """Now or not at all: then its descriptors are still the caller's. Else copies are kept until `take_back`."""
+        held = sum(len(fds) for fds in self._offered.values())
+        if self._waiting or held + len(hand.fds) > control.DESCRIPTORS:
             return False
         try:
-            self._channel.send(message)
+            self._channel.send(hand)
         except OSError:
             return False
-        self._unread += fds
+        self._offered[hand.serial] = hand.fds
         return True
 
-    def confirm(self) -> None:
-        """Close what was offered, once it was received; soon, for a peer hears of no close while a copy is open."""
-        if self._unread and not self._channel.has_unread():
-            control.close_all(self.take_back())
+    def take_back(self, serial: int) -> list[int]:
+        """The copies of what was offered under this number, now the caller's; none when that was answered before.
 
-    def take_back(self) -> list[int]:
-        """The copies of what was offered, now the caller's: to be used only when the worker has ended."""
-        fds, self._unread = self._unread, []
+        Once the worker has taken them they are to be closed soon: a peer hears of no close while a copy is open.
+        """
+        return self._offered.pop(serial, [])
+
+    def take_back_all(self) -> list[int]:
+        """To be used only when the worker has ended."""
+        fds = [fd for offered in self._offered.values() for fd in offered]
+        self._offered.clear()
         return fds
 
     def flush(self) -> None:
@@ -397,7 +418,7 @@ class _Outbox:
         """Idempotent. Nothing that waits is ever sent to anybody else."""
         self._watch(is_full=False)
         self._drop()
-        control.close_all(self.take_back())
+        control.close_all(self.take_back_all())
 
     def _supersede(self, message: ToWorker) -> bool:
         """Only the newest configuration, and the newest link to a slot, are wanted.
@@ -440,35 +461,57 @@ class _Worker:
     outbox: _Outbox
     pidfd: int  # readable when the process has ended
     log: logs.Logger = field(init=False)
+    _events: asyncio.Queue["_Event"] = field(init=False)
+    _on_heartbeat: Callable[["_Worker", Heartbeat], None] = field(init=False)
+    _has_ended: bool = False  # and that is queued
     reason: str | None = None  # for which it says that it cannot start, or is killed
 
     def __post_init__(self) -> None:
         self.log = _log.bind(slot=self.slot, pid=self.process.pid)
 
-    def watch(self, events: asyncio.Queue["_Event"]) -> None:
+    def watch(self, events: asyncio.Queue["_Event"], on_heartbeat: Callable[["_Worker", Heartbeat], None]) -> None:
+        """Queue what it says, and its end; a heartbeat is not queued: what is handled first is not its silence."""
+        self._events = events
+        self._on_heartbeat = on_heartbeat
         loop = asyncio.get_running_loop()
-        loop.add_reader(self.channel.fileno(), self._on_readable, events)
-        loop.add_reader(self.pidfd, self._on_end, events)
+        loop.add_reader(self.channel.fileno(), self._on_readable)
+        loop.add_reader(self.pidfd, self._on_end)
 
-    def _on_readable(self, events: asyncio.Queue["_Event"]) -> bool:
+    def read(self) -> None:
+        """Queue what it has said until now, which the loop may not have called for yet; and its end likewise."""
+        if self._has_ended:
+            return
+        if os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+            self._on_end()
+            return
+        for _ in range(READ):  # it may say more all the time
+            if not self._on_readable():
+                break
+
+    def _on_readable(self) -> bool:
         """Queue one message. False when there is none, now or ever."""
         try:
             message = self.channel.receive()
         except ControlError as error:
-            events.put_nowait((self, error))
+            self._events.put_nowait((self, error))
             return True
         if message is None:  # the process is about to end
             asyncio.get_running_loop().remove_reader(self.channel.fileno())
-        elif message is not NOTHING:
-            events.put_nowait((self, message))
-            return True
-        return False
+            return False
+        if message is NOTHING:
+            return False
+        if isinstance(message, Heartbeat):
+            self._on_heartbeat(self, message)
+        else:
+            self._events.put_nowait((self, message))
+        return True
 
-    def _on_end(self, events: asyncio.Queue["_Event"]) -> None:
+    def _on_end(self) -> None:
+        self._has_ended = True
         self._unwatch()
-        while self._on_readable(events):  # its last words come before its end
+        while self._on_readable():  # its last words come before its end
             pass
-        events.put_nowait((self, None))
+        self._events.put_nowait((self, None))
 
     def _unwatch(self) -> None:
         loop = asyncio.get_running_loop()
@@ -569,6 +612,15 @@ class _Deputy:
         self.watch(())
 
 
+@dataclass(slots=True)
+class _Made:
+    """A link between two workers: when it was made, and how long after that it is replaced at the earliest."""
+
+    serial: int
+    made_at: float
+    retry_s: float = LOOK_S
+
+
 # A signal; what a worker said, or what is wrong with it, or None for its end; None when a time has come.
 _Event = signal.Signals | tuple[_Worker, Message | ControlError | None] | None
 
@@ -583,20 +635,23 @@ class Supervisor:
         reload: Callable[[], Config],
         worker: str,
         *,
-        are_shared: bool,
+        are_ours: bool,
     ) -> None:
         self._config = config
         self._reload = reload
         self._listeners = listeners
-        self._are_shared = are_shared  # the listeners are the same for every slot: others accept where one does not
+        self._are_ours = are_ours  # else systemd has them too, and gives them to our successor
+        self._are_shared = (
+            not are_ours and len(listeners) > 1
+        )  # the listeners are the same for every slot: others accept where one does not
         self._module = worker
         self._fleet = Fleet(len(listeners))
         self._workers: dict[int, _Worker] = {}
         self._view = View(1, secrets.token_bytes(KEY_BYTES), {"": tuple(range(len(listeners)))})
-        # By the two slots, lower first: the serial of the newest link, and when it was made.
-        self._links: dict[tuple[int, int], tuple[int, float]] = {}
+        self._links: dict[tuple[int, int], _Made] = {}  # the newest, by the two slots, lower first
         self._serials = itertools.count(1)
-        self._unlinked: set[tuple[int, int]] = set()  # those that are to be given a new one at the next look
+        self._hands = itertools.count(1)
+        self._unlinked: dict[tuple[int, int], float] = {}  # those that are to be given a new one, and when
         self._deputy = _Deputy(listeners, self._give)
         self._turn = 0  # who was handed connections last
         self._cpus = cpus.usable()
@@ -607,6 +662,7 @@ class Supervisor:
         self._drain_until: float | None = None  # while all workers drain
         self._kill_at: float | None = None  # when all have been told to end
         self._has_served = False
+        self._is_hangup_queued = False
         self._counters = Counters(len(listeners))
         self._bound = [listener.getsockname() for listener in listeners[0]]
         self._port: int | None = next((bound[1] for bound in self._bound if isinstance(bound, tuple)), None)
@@ -623,6 +679,7 @@ class Supervisor:
             while not self._fleet.is_over:
                 self._start_due()
                 self._handle(await self._next_event())
+                self._keep_time()
         finally:  # no worker is left, but for a bug: then none is left behind
             signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # what comes now changes nothing, nor the exit code
             for worker in self._workers.values():
@@ -640,10 +697,16 @@ class Supervisor:
     def _listen_to_signals(self) -> None:
         """Those that have come already, which `run` of this module blocked, are the first events."""
         for number in HEARD:
-            asyncio.get_running_loop().add_signal_handler(number, self._events.put_nowait, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         while early := signal.sigtimedwait(HEARD, 0):
-            self._events.put_nowait(signal.Signals(early.si_signo))
+            self._on_signal(signal.Signals(early.si_signo))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        """Several hangups that nobody has handled yet ask for the same."""
+        if number != signal.SIGHUP or not self._is_hangup_queued:
+            self._is_hangup_queued = self._is_hangup_queued or number == signal.SIGHUP
+            self._events.put_nowait(number)
 
     def _keep_alive(self) -> None:
         """While this loop turns, systemd hears of it."""
@@ -652,21 +715,34 @@ class Supervisor:
             asyncio.get_running_loop().call_later(self._notifier.watchdog_s, self._keep_alive)
 
     async def _next_event(self) -> _Event:
-        planned = (self._fleet.wake_at(), self._look_at, self._drain_until, self._kill_at)
-        wake_at = min(at for at in planned if at is not None)
+        start_at = self._fleet.wake_at()
+        wake_at = self._next_deadline() if start_at is None else min(self._next_deadline(), start_at)
         timer = asyncio.get_running_loop().call_later(wake_at - time.monotonic(), self._events.put_nowait, None)
         try:
             return await self._events.get()
         finally:
             timer.cancel()
 
-    def _handle(self, event: _Event) -> None:
+    def _next_deadline(self) -> float:
+        return min(at for at in (self._look_at, self._drain_until, self._kill_at) if at is not None)
+
+    def _keep_time(self) -> None:
+        """What is due, unless that is answered by what was said until now: this process may have been stopped."""
+        if time.monotonic() < self._next_deadline():
+            return
+        for worker in self._workers.values():
+            worker.read()
+        for _ in range(self._events.qsize()):
+            self._handle(self._events.get_nowait())
         if self._kill_at is not None and time.monotonic() >= self._kill_at:
             self._kill_all()
         if self._drain_until is not None and time.monotonic() >= self._drain_until:
             self._end_late()
         if time.monotonic() >= self._look_at:
             self._look(time.monotonic())
+        self._update_deputy()
+
+    def _handle(self, event: _Event) -> None:
         if isinstance(event, signal.Signals):
             self._handle_signal(event)
         elif event is not None:
@@ -678,6 +754,9 @@ class Supervisor:
         if self._drain_until is not None and self._fleet.is_empty:
             _log.info("drained")
             self._stop(is_forced=False)
+        self._update_deputy()
+
+    def _update_deputy(self) -> None:
         self._deputy.watch(() if self._are_shared else self._fleet.deserted())
 
     # Silence, and what was put off
@@ -694,19 +773,20 @@ class Supervisor:
             else:
                 worker.log.warning("worker_stuck", seconds=seconds)
         for worker in self._workers.values():
-            worker.outbox.confirm()
+            worker.outbox.flush()  # a shortage may have passed
         self._deputy.resume(now)
-        for lower, higher in sorted(self._unlinked):
-            self._link(lower, higher)
+        if self._drain_until is not None:
+            self._close_unserved()
+        for ends in [ends for ends, due_at in sorted(self._unlinked.items()) if due_at <= now]:
+            self._link(*ends)
 
     def _give(self, fds: list[int]) -> bool:
         """Hand connections to a worker that accepts, each time to the next one, and has room in its channel."""
         slots = self._fleet.accepting()
         for _ in slots:
             self._turn += 1
-            outbox = self._workers[slots[self._turn % len(slots)]].outbox
-            if outbox.offer(Hand(fds)):
-                asyncio.get_running_loop().call_later(CONFIRM_S, outbox.confirm)
+            worker = self._workers[slots[self._turn % len(slots)]]
+            if worker.outbox.offer(Hand(next(self._hands), fds)):
                 return True
         return False
 
@@ -716,31 +796,40 @@ class Supervisor:
         """Give two workers a new link, now or as soon as the machine lets us; a dead one's successor brings its own."""
         one, other = self._workers.get(lower), self._workers.get(higher)
         if one is None or other is None or self._kill_at is not None:
-            self._unlinked.discard((lower, higher))
+            self._unlinked.pop((lower, higher), None)
             return
         try:
             ends = control.link()
         except OSError as error:
-            if (lower, higher) not in self._unlinked:
+            if self._unlinked.get((lower, higher)) != 0.0:
                 _log.warning("cannot_link", slots=[lower, higher], reason=str(error))
-            self._unlinked.add((lower, higher))
+            self._unlinked[lower, higher] = 0.0  # with each look
             return
-        self._unlinked.discard((lower, higher))
-        serial = next(self._serials)
-        self._links[lower, higher] = serial, time.monotonic()
+        self._unlinked.pop((lower, higher), None)
+        serial, now = next(self._serials), time.monotonic()
+        older = self._links.get((lower, higher))
+        retry_s = LOOK_S if older is None else min(2 * older.retry_s, LONGEST_RETRY_S)
+        self._links[lower, higher] = _Made(serial, now, retry_s)
         one.outbox.send(Link(higher, other.generation, serial, [ends[0]]))
         other.outbox.send(Link(lower, one.generation, serial, [ends[1]]))
 
     def _handle_unlinked(self, worker: _Worker, slot: int, serial: int) -> None:
         """Both ends ask: the first to do so has the number of the newest link, the second has that of an older one.
 
-        One that had only just been made is replaced a moment later: two that ask all the time are no load.
+        One that had only just been made is replaced a while later: two that ask all the time, or one that has no room
+        for a link, are no load.
         """
         ends = _in_order(worker.slot, slot)
-        newest, made_at = self._links.get(ends, (None, 0.0))
-        if newest == serial and time.monotonic() - made_at < LOOK_S:
-            self._unlinked.add(ends)
-        elif newest == serial:
+        newest = self._links.get(ends)
+        if newest is None or newest.serial != serial or ends in self._unlinked:
+            return
+        now = time.monotonic()
+        if now - newest.made_at >= LONGEST_RETRY_S:  # it did not break of what broke those before it
+            newest.retry_s = LOOK_S
+        due_at = newest.made_at + newest.retry_s
+        if now < due_at:
+            self._unlinked[ends] = due_at
+        else:
             self._link(*ends)
 
     # Start
@@ -758,7 +847,7 @@ class Supervisor:
                 self._workers[start.slot] = worker
                 if start.generation > 1:
                     self._counters.add(start.slot, "restarts_total")
-                worker.watch(self._events)
+                worker.watch(self._events, self._handle_heartbeat)
                 worker.log.debug("worker_started", generation=start.generation)
 
     def _start(self, start: Start) -> _Worker:
@@ -785,23 +874,31 @@ class Supervisor:
                 )
             )
             links = [self._link_to_new(start, other, outbox, undo) for other in others]
-            process = subprocess.Popen(  # noqa: S603 # our own interpreter and module
-                _command(self._module, theirs.fileno()),
-                stdin=subprocess.DEVNULL,
-                env={name: value for name, value in os.environ.items() if name not in systemd.VARIABLES},
-                pass_fds=(theirs.fileno(), counters, *listeners),
-                start_new_session=True,  # a terminal's ^C is for the supervisor alone
-            )
+            process = self._execute(theirs.fileno(), [theirs.fileno(), counters, *listeners])
             undo.callback(process.wait)
             undo.callback(process.kill)
             pidfd = os.pidfd_open(process.pid)
             undo.pop_all()
         worker = _Worker(start.slot, start.generation, process, channel, outbox, pidfd)
         for other, link in zip(others, links, strict=True):
-            self._links[_in_order(start.slot, other.slot)] = link.serial, time.monotonic()
+            self._links[_in_order(start.slot, other.slot)] = _Made(link.serial, time.monotonic())
             other.outbox.send(link)
         self._pin(worker)
         return worker
+
+    def _execute(self, channel: int, inherited: Sequence[int]) -> subprocess.Popen[bytes]:
+        """With the signals blocked that a new process would die of; it ignores them, and then unblocks them."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
+        try:
+            return subprocess.Popen(  # noqa: S603 # our own interpreter and module
+                _command(self._module, channel),
+                stdin=subprocess.DEVNULL,
+                env={name: value for name, value in os.environ.items() if name not in systemd.VARIABLES},
+                pass_fds=inherited,
+                start_new_session=True,  # a terminal's ^C is for the supervisor alone
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
 
     def _link_to_new(self, start: Start, other: _Worker, outbox: _Outbox, undo: contextlib.ExitStack) -> Link:
         """Put one end into the new worker's channel; returns what the other worker is to be sent once there is one."""
@@ -847,14 +944,12 @@ class Supervisor:
     def _handle_message(self, worker: _Worker, message: Message | ControlError) -> None:
         now = time.monotonic()
         match message:
-            case Heartbeat():
-                worker.outbox.flush()
-                if self._fleet.on_heartbeat(worker.slot):
-                    worker.log.info("worker_recovered")
             case Ready():
                 self._handle_ready(worker, self._fleet.on_ready(worker.slot, now))
             case Failed(reason):
                 worker.reason = f"worker {worker.slot} failed: {reason}"
+            case Handed(serial, is_taken):
+                self._handle_handed(worker, serial, is_taken=is_taken)
             case Stopped():
                 self._fleet.on_empty(worker.slot)
             case Unlinked(slot, serial):
@@ -865,12 +960,25 @@ class Supervisor:
                 worker.log.error("worker_unknown_message", reason=str(message))
                 worker.process.kill()
 
+    def _handle_heartbeat(self, worker: _Worker, heartbeat: Heartbeat) -> None:
+        self._fleet.on_full(worker.slot, is_full=heartbeat.is_full)
+        if self._fleet.on_heartbeat(worker.slot):
+            worker.log.info("worker_recovered")
+
     def _handle_ready(self, worker: _Worker, seconds: float) -> None:
         if self._has_served:
             worker.log.info("worker_ready", seconds=round(seconds, 3))
         elif self._fleet.is_ready and not self._fleet.is_stopping:
             self._has_served = True
             self._announce()
+
+    def _handle_handed(self, worker: _Worker, serial: int, *, is_taken: bool) -> None:
+        fds = worker.outbox.take_back(serial)
+        if is_taken or self._fleet.is_stopping:
+            control.close_all(fds)
+        else:
+            self._fleet.on_full(worker.slot, is_full=True)
+            self._deputy.take(fds)
 
     def _announce(self) -> None:
         _log.info(
@@ -889,8 +997,8 @@ class Supervisor:
     def _handle_end(self, worker: _Worker) -> None:
         del self._workers[worker.slot]
         self._links = {slots: newest for slots, newest in self._links.items() if worker.slot not in slots}
-        self._unlinked = {slots for slots in self._unlinked if worker.slot not in slots}
-        unseen = worker.outbox.take_back()
+        self._unlinked = {slots: due_at for slots, due_at in self._unlinked.items() if worker.slot not in slots}
+        unseen = worker.outbox.take_back_all()
         status = worker.close()
         self._counters.zero_gauges(worker.slot)
         words = f"signal {_signal_name(-status)}" if status < 0 else f"code {status}"
@@ -918,6 +1026,7 @@ class Supervisor:
 
     def _handle_signal(self, number: signal.Signals) -> None:
         if number == signal.SIGHUP:
+            self._is_hangup_queued = False
             self._handle_hangup()
         elif not self._fleet.is_stopping:
             seconds = self._config.server.drain_seconds
@@ -963,8 +1072,21 @@ class Supervisor:
     def _drain(self, seconds: float) -> None:
         self._fleet.stop()
         self._drain_until = time.monotonic() + seconds + OVERTIME_S
+        self._close_unserved()
         for worker in self._workers.values():
             worker.outbox.send(Drain(seconds, seconds + OVERTIME_S))
+
+    def _close_unserved(self) -> None:
+        """Nobody takes over in a drain: better refused than waiting for its end.
+
+        A stuck worker has copies of its sockets, so they are shut down. Those of systemd live longer than we do.
+        """
+        self._deputy.watch(())
+        for slot in () if self._are_shared else self._fleet.unserved():
+            for listener in self._listeners[slot] if self._are_ours else ():
+                with contextlib.suppress(OSError):  # it is closed already
+                    listener.shutdown(socket.SHUT_RDWR)
+            _close([self._listeners[slot]])
 
     def _end_late(self) -> None:
         """A worker is stuck: one that turns closes everybody in time."""

@@ -34,9 +34,11 @@ from .control import (
     OVERTIME_S,
     Boot,
     Channel,
+    ControlError,
     Drain,
     Failed,
     Hand,
+    Handed,
     Heartbeat,
     Link as NewLink,
     Ready,
@@ -61,6 +63,8 @@ GOODBYE_S: Final = 2.5  # a peer has 2 s to answer our close (PROTOCOL §3.5); t
 HURRY_S: Final = 0.25  # the same when the end is forced; the supervisor kills after `FORCED_STOP_S`
 DRAIN_STEP_S: Final = 0.05  # closes that are due within one step go out together
 GATHER_S: Final = 0.25  # a new worker waits so long for what others know of its rooms (ARCHITECTURE §1)
+LINKS_S: Final = 5.0  # the links of a new worker may be late: they take descriptors of which there may be too few
+COMPLAIN_S: Final = 10.0  # what cannot be received is said so often at most
 HEAD_START: Final = 0.1  # of the drain: for so long before its close a client is asked to go by itself
 
 _HOST: Final = ""  # the name of this node: there is one
@@ -117,9 +121,10 @@ class Worker:
         self._unsaid: list[ToSupervisor] = []  # what the supervisor had no room for
         self._boot = boot
         self._config = boot.config
-        self._acceptors: list[Acceptor] = []
+        self._acceptors: dict[socket.socket, Acceptor] = {}
         self._stop: asyncio.Future[Stop] = loop.create_future()
         self._hurry_until = math.inf  # a forced stop came: nobody is waited for any longer
+        self._complained_at = -math.inf
         self._is_orphan = False  # the supervisor is gone
         self._leaving: list[Connection] = []  # those a drain waits for; those who are gone are dropped from its end
 
@@ -129,8 +134,8 @@ class Worker:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
             acceptor = Acceptor(self._loop, listener, self.door.serve, is_shared=self._boot.shares_listeners)
-            self._acceptors.append(acceptor)
-        self._join_mesh()
+            self._acceptors[listener] = acceptor
+        await self._join_mesh()
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
         self._beat()
@@ -139,25 +144,70 @@ class Worker:
         await self._close_all(await self._stop)
         return ExitCode.OK
 
-    def _join_mesh(self) -> None:
-        """The links that came with `Boot`: what the others announce over them comes before any join."""
-        links = [self._channel.receive() for _ in range(self._boot.links)]
-        self.hub.rooms.gather(Address(_HOST, link.slot) for link in links if isinstance(link, NewLink))
-        for link in links:
+    async def _join_mesh(self) -> None:
+        """The links that came with `Boot`: what the others announce over them comes before any join.
+
+        Those that are not there after `LINKS_S` come as any new link does.
+        """
+        links: list[NewLink] = []
+        until = time.monotonic() + LINKS_S
+        for _ in range(self._boot.links):
+            try:
+                link = await self._next_message(until)
+            except ControlError as error:
+                self._on_refused(error)
+                continue
+            if link is NOTHING or link is None:
+                break
             if not isinstance(link, NewLink):
                 raise InvariantError(f"{link} where a link was announced")
+            links.append(link)
+        self.hub.rooms.gather(Address(_HOST, link.slot) for link in links)
+        for link in links:
             self._link(link)
         self._loop.call_later(GATHER_S, self.hub.rooms.end_gathering)
+
+    async def _next_message(self, until: float) -> object:
+        """NOTHING when none comes in time, None when the supervisor is gone. Raises ControlError."""
+        while (message := self._channel.receive()) is NOTHING and time.monotonic() < until:
+            readable = asyncio.Event()
+            self._loop.add_reader(self._channel.fileno(), readable.set)
+            try:
+                await asyncio.wait_for(readable.wait(), until - time.monotonic())
+            except TimeoutError:
+                continue
+            finally:
+                self._loop.remove_reader(self._channel.fileno())
+        return message
 
     def _link(self, link: NewLink) -> None:
         self._mesh.add(Address(_HOST, link.slot), link.generation, link.serial, socket.socket(fileno=link.fds[0]))
 
     def _on_control(self) -> None:
         """All there is: once the supervisor is gone the loop may not call for the rest (see `bus_mesh`)."""
-        while (message := self._channel.receive()) is not NOTHING:
+        while True:
+            try:
+                message = self._channel.receive()
+            except ControlError as error:  # what comes behind it is not touched by that
+                self._on_refused(error)
+                continue
+            if message is NOTHING:
+                break
             self._handle(message)
             if message is None:
                 break
+
+    def _on_refused(self, error: ControlError) -> None:
+        """There was no room for its descriptors: the supervisor finds another place for them, or tries again later."""
+        match error.message:
+            case NewLink(slot, _, serial):
+                self._send(Unlinked(slot, serial))
+            case Hand(serial):
+                self._send(Handed(serial, is_taken=False))
+        now = time.monotonic()
+        if now - self._complained_at >= COMPLAIN_S:
+            self._complained_at = now
+            _log.warning("cannot_receive", reason=str(error))
 
     def _handle(self, message: object) -> None:
         match message:
@@ -165,9 +215,10 @@ class Worker:
                 self._on_orphaned()
             case NewLink() as link:
                 self._link(link)
-            case Hand(fds):
+            case Hand(serial, fds):
                 for fd in fds:
                     self.door.serve(fd)
+                self._send(Handed(serial, is_taken=True))
             case Drain() as drain:
                 self._begin_drain(drain)
             case Reload(config):
@@ -217,6 +268,8 @@ class Worker:
         _log.warning("supervisor_gone", drain_seconds=seconds)
         self._loop.remove_reader(self._channel.fileno())
         self._is_orphan = True
+        for acceptor in self._acceptors.values():  # the port is free for whoever serves it next
+            acceptor.close()
         if not self.hub.rooms.is_draining and seconds:
             self._begin_drain(Drain(seconds, seconds + OVERTIME_S))
         elif not self.hub.rooms.is_draining or not self._is_anybody_here():  # else `_drain_on` sees to the rest
@@ -237,8 +290,19 @@ class Worker:
     def _beat(self) -> None:
         self._loop.call_later(HEARTBEAT_S, self._beat)
         self._say_unsaid()
+        self._close_ended()
         with contextlib.suppress(OSError):  # the next one says it again
-            self._channel.send(Heartbeat())
+            self._channel.send(Heartbeat(is_full=self._is_full()))
+
+    def _is_full(self) -> bool:
+        """Has this process no descriptor left for another connection?"""
+        if any(acceptor.is_resting for acceptor in self._acceptors.values()):
+            return True
+        try:
+            os.close(os.dup(self._channel.fileno()))
+        except OSError:
+            return True
+        return False
 
     def _send(self, message: ToSupervisor) -> None:
         self._unsaid.append(message)
@@ -263,10 +327,17 @@ class Worker:
             return
         now = time.monotonic()
         self._shut_the_door()
+        self._close_ended()
         pace = Pace(self._leaving, drain.seconds, now, random.SystemRandom())
         for connection, delay_ms in pace.notices():
             connection.send(GoAway(payload=Departure("drain", "reconnect", delay_ms)).encode())
         self._drain_on(pace, now + drain.deadline_s)
+
+    def _close_ended(self) -> None:
+        """When we said nothing for a while in a drain, the supervisor has shut our sockets down: nobody can accept."""
+        for listener, acceptor in self._acceptors.items() if self.hub.rooms.is_draining else ():
+            if listener.fileno() >= 0 and not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                acceptor.close()
 
     def _drain_on(self, pace: Pace[Connection], until: float) -> None:
         """Close who is due, and look again, until everybody is gone."""
@@ -298,7 +369,7 @@ class Worker:
         return bool(self._leaving)
 
     async def _close_all(self, stop: Stop) -> None:
-        for acceptor in self._acceptors:
+        for acceptor in self._acceptors.values():
             acceptor.close()
         self._shut_the_door()
         self.hub.rooms.is_ending = True
@@ -328,8 +399,10 @@ def _freeze() -> None:
 
 def main(fd: int) -> ExitCode:
     """The process: exit code as in `errors.ExitCode`."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    heard = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in heard:
         signal.signal(number, signal.SIG_IGN)  # the supervisor hears them and tells us
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, heard)  # it blocked them for us until here
     channel = Channel(socket.socket(fileno=fd))
     boot = channel.receive()  # sent before this process began
     if not isinstance(boot, Boot):

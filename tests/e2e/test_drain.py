@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect as sync_connect
 
 from tests.e2e.conftest import EVERY_COUNT, Server, children, is_running, run_with, until
 
@@ -264,6 +265,20 @@ async def test_workers_whose_supervisor_is_killed_drain_by_themselves(serve: Ser
     until(lambda: not any(is_running(pid) for pid in workers), "a worker outlives its supervisor")
 
 
+def test_port_of_a_killed_supervisor_can_be_served_again_while_its_workers_drain(serve: Serve) -> None:
+    server = serve("--workers", "2", "--log.format", "json", "--server.drain-seconds", "5")
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            client = stack.enter_context(sync_connect(server.url, proxy=None))
+        workers = children(server.process.pid)
+        server.process.kill()
+        server.process.wait()
+        until(lambda: len(server.events("supervisor_gone")) == 2, "the workers have not noticed")
+        serve("--workers", "2", "--port", str(server.port), "--server.drain-seconds", "0")
+        client.ping().wait(END_S)
+        assert any(is_running(pid) for pid in workers)
+
+
 async def test_supervisor_that_is_killed_in_a_drain_changes_nothing_for_peers(serve: Serve) -> None:
     server = serve("--server.drain-seconds", "1.5")
     workers = children(server.process.pid)
@@ -350,6 +365,49 @@ def test_worker_that_dies_does_not_hold_up_the_drain_of_the_others(tmp_path: Pat
     _, rest = process.communicate(timeout=END_S)
     assert process.returncode == 1
     assert len([line for line in rest.splitlines() if "worker_lost" in line and "code 9" in line]) == 1
+
+
+async def test_worker_that_was_stopped_at_the_beginning_of_a_drain_keeps_nobody_waiting(serve: Serve) -> None:
+    server = serve("--workers", "2", "--host", "127.0.0.1", "--log.format", "json", *LONG)
+    async with _peers(server, 6) as peers:
+        stopped = children(server.process.pid)[0]
+        os.kill(stopped, signal.SIGSTOP)
+        await asyncio.to_thread(server.wait_for, "worker_stuck")
+        server.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(server.wait_for, "stopping")
+        for _ in range(20):
+            assert (await asyncio.to_thread(_get, server, "/health/ready"))[0] == 503
+        os.kill(stopped, signal.SIGCONT)
+        for peer in peers:
+            await peer.hears("go-away")
+        assert not server.events("worker_died")
+    assert await _ended(server) == 0
+    assert len(server.events("cannot_accept")) <= 1, "its sockets are closed, not tried again and again"
+
+
+def test_drain_that_ended_while_the_supervisor_was_stopped_is_not_late(tmp_path: Path) -> None:
+    """The worker stops the supervisor before it says that it is empty."""
+    process = run_with(
+        tmp_path,
+        """
+        channel.send(Ready(1))
+        wait(Drain)
+        parent = os.getppid()
+        os.kill(parent, signal.SIGSTOP)
+        while open(f"/proc/{parent}/stat").read().rpartition(")")[2].split()[0] != "T": time.sleep(0.001)
+        channel.send(Stopped())
+        time.sleep(0.2 + 0.2 + 0.3)  # past the deadline
+        os.kill(parent, signal.SIGCONT)
+        wait(Stop)
+        """,
+        prepare="supervisor.OVERTIME_S = 0.2",
+        options={"server.drain_seconds": 0.2},
+    )
+    assert process.stderr is not None
+    assert '"serving"' in process.stderr.readline()
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=END_S)
+    assert (process.returncode, "drain_late" in rest) == (0, False)
 
 
 @pytest.mark.parametrize(("ends", "says"), [(True, "drain_late"), (False, "worker_killed")])

@@ -1,11 +1,13 @@
 """What the supervisor promises about processes and ports. How a server ends is in `test_serve`."""
 
+import array
 import asyncio
 import collections
 import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -19,7 +21,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect
 
-from fastsig import supervisor
+from fastsig import status, supervisor
 from fastsig.errors import StartError
 from tests.e2e.conftest import PYTHON, Server, children, run_with, until
 
@@ -109,6 +111,37 @@ def test_worker_has_only_the_descriptors_that_it_needs(serve: Serve) -> None:
     assert _descriptors(second) == held
 
 
+def test_supervisor_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
+    readable, writable = os.pipe()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [PYTHON, "-m", "fastsig", "serve", "--workers", "2", "--port", str(port), "--server.drain-seconds", "0",
+         "--server.runtime-dir", str(tmp_path / "run")],
+        stderr=writable,
+    )  # fmt: skip
+    try:
+        text = b""
+        while b"serving" not in text:
+            text += os.read(readable, 65536)
+        other = os.open(f"/proc/self/fd/{writable}", os.O_WRONLY | os.O_NONBLOCK)  # a description of its own
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(other, b"x" * 100)
+        os.close(other)
+        victim = children(process.pid)[0]
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: len(set(children(process.pid)) - {victim}) == 2, "no successor")
+        process.terminate()
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(writable)
+        os.close(readable)
+
+
 def test_worker_is_out_of_reach_of_the_terminal(serve: Serve) -> None:
     server = serve()
     (worker,) = children(server.process.pid)
@@ -184,7 +217,7 @@ def test_worker_that_talks_nonsense_is_replaced(tmp_path: Path) -> None:
 
 
 def test_descriptors_that_a_worker_sends_are_not_kept(fleet: Callable[..., "Fleet"]) -> None:
-    made = fleet(slots=2, special="def on_reload(): channel.send(Hand([0] * 8)) if boot.generation == 1 else None")
+    made = fleet(slots=2, special="def on_reload(): channel.send(Hand(1, [0] * 8)) if boot.generation == 1 else None")
     before = _descriptors(made.process.pid)
     made.process.send_signal(signal.SIGHUP)
     made.wait_for(2, "worker_unknown_message")
@@ -218,7 +251,6 @@ def test_modules_in_the_current_folder_are_not_ours(serve: Serve, tmp_path: Path
 
 SERVING = """\
     import contextlib, json, select
-    from fastsig.control import Reload
     def say(event, **fields):
         line = {"event": event, "slot": boot.slot, "generation": boot.generation, "pid": os.getpid(), **fields}
         os.write(2, (json.dumps(line) + "\\n").encode())
@@ -227,6 +259,8 @@ SERVING = """\
             connection.sendall(f"{boot.slot}".encode())
     def on_link(slot, serial): pass
     def on_reload(): pass
+    def on_drain(): channel.send(Stopped())
+    def takes(fds): return True
     def on_packet(slot, serial, packet): pass
     SPECIAL
     end.setblocking(False)
@@ -241,8 +275,9 @@ SERVING = """\
         channel.send(Heartbeat())
         for one in readable:
             if one in listeners:
-                with contextlib.suppress(BlockingIOError):
-                    answer(one.accept()[0])
+                try: answer(one.accept()[0])
+                except BlockingIOError: pass
+                except OSError: listeners.remove(one); say("shut")
             elif one in ends:
                 slot, serial = ends[one]
                 if links.get(slot, (0,))[0] != serial: continue  # replaced in this very turn
@@ -255,13 +290,18 @@ SERVING = """\
                     case Link(slot, generation, serial, [fd]):
                         if slot in links: links[slot][1].close()
                         links[slot] = serial, socket.socket(fileno=fd)
-                        say("link", to=slot, life=generation, serial=serial, blocks=os.get_blocking(fd))
+                        say("link", to=slot, life=generation, serial=serial, blocks=os.get_blocking(fd),
+                            at=time.monotonic())
                         on_link(slot, serial)
-                    case Hand(fds):
-                        say("hand", count=len(fds))
+                    case Hand(serial, fds):
+                        if not takes(fds):
+                            for fd in fds: os.close(fd)
+                            say("not_taken", count=len(fds)); channel.send(Handed(serial, False))
+                            continue
+                        say("hand", count=len(fds)); channel.send(Handed(serial, True))
                         for fd in fds: answer(socket.socket(fileno=fd))
                     case Reload(): on_reload(); say("reload")
-                    case Drain(): channel.send(Stopped()); say("drain")
+                    case Drain(): on_drain(); say("drain")
                     case Stop() | None: sys.exit(0)
 """
 
@@ -431,6 +471,13 @@ def on_reload():
     assert len(made.said("link")) == 4, "questions about old links, others' links and no links change nothing"
 
 
+def test_link_that_breaks_at_once_is_made_again_less_and_less_often(fleet: Callable[..., Fleet]) -> None:
+    made = fleet(slots=2, special="def on_link(slot, serial): channel.send(Unlinked(slot, serial))")
+    times = [one["at"] for one in made.wait_for(5, "link", slot=1)[1:]]  # the first was there before its worker was
+    for earlier, later, least_s in zip(times, times[1:], (0.25, 0.5, 1.0), strict=False):
+        assert later - earlier > 0.9 * least_s, times
+
+
 def test_workers_are_kept_on_one_cpu_each_if_asked_to(fleet: Callable[..., Fleet]) -> None:
     mine = sorted(os.sched_getaffinity(0))
     free, pinned = fleet(slots=3), fleet(slots=3, options={"server.pin_workers": True})
@@ -495,6 +542,17 @@ def test_connections_that_were_handed_to_one_that_had_just_stopped_are_handed_on
     assert made.stop() == 0
 
 
+def test_connections_that_a_worker_has_no_room_for_are_handed_to_another(fleet: Callable[..., Fleet]) -> None:
+    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0", special="def takes(fds): return boot.slot != 2")
+    before = _descriptors(made.process.pid)
+    os.kill(made.pid(1), signal.SIGKILL)
+    answers = made.ask(60)
+    assert answers.keys() == {"0", "2"} and answers.total() == 60
+    assert made.said("not_taken", slot=2)
+    assert {one["slot"] for one in made.said("hand")} == {0}
+    until(lambda: _descriptors(made.process.pid) < before, "copies were kept")
+
+
 def test_worker_that_goes_on_in_time_is_left_alone(fleet: Callable[..., Fleet]) -> None:
     made = fleet(slots=2)
     os.kill(made.pid(0), signal.SIGSTOP)
@@ -539,6 +597,40 @@ def test_nobody_is_blamed_for_time_in_which_the_supervisor_was_stopped(fleet: Ca
         assert made.ask(10).total() == 10
     assert [made.pid(0), made.pid(1)] == pids
     assert not made.said("worker_stuck") and not made.said("worker_died"), made.log()
+
+
+def test_supervisor_with_much_to_do_blames_nobody_and_takes_several_hangups_as_one(
+    fleet: Callable[..., Fleet],
+) -> None:
+    made = fleet(
+        slots=2,
+        prepare="import time; real = supervisor.options.reload\n"
+        "supervisor.options.reload = lambda *given: time.sleep(0.3) or real(*given)\n",
+    )
+    for count in range(1, 7):
+        for _ in range(20):
+            made.process.send_signal(signal.SIGHUP)
+            time.sleep(0.001)  # else the kernel makes one of several
+        made.wait_for(count, "reloaded")
+    assert made.stop() == 0
+    assert len(made.said("reloaded")) <= 2 * 6
+    assert not made.said("worker_stuck") and not made.said("worker_died")
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["dead", "stopped"])
+def test_slot_that_does_not_serve_in_a_drain_leaves_nobody_waiting(
+    fleet: Callable[..., Fleet], *, is_stopped: bool
+) -> None:
+    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0", special="def on_drain(): pass")
+    os.kill(made.pid(1), signal.SIGSTOP if is_stopped else signal.SIGKILL)
+    made.wait_for(1, "worker_stuck" if is_stopped else "worker_died", slot=1)
+    made.process.send_signal(signal.SIGTERM)
+    made.wait_for(1, "drain", slot=0)
+    answers = made.ask(60)
+    assert answers.keys() == {"0", "2"} and answers.total() == 60
+    if is_stopped:
+        os.kill(made.pid(1), signal.SIGCONT)
+        made.wait_for(1, "shut", slot=1)
 
 
 def test_nothing_is_handed_on_while_the_server_ends(fleet: Callable[..., Fleet]) -> None:
@@ -586,7 +678,136 @@ def _settled(pid: int) -> tuple[int, int]:
     return _descriptors(pid), pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
-# ---- an early end, a small machine
+# ---- a small machine
+
+HEAD = (
+    "GET {} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+)
+WAIT_S = 3.0  # for an answer that may not come
+SEVERAL = ("--log.format", "json", "--server.drain-seconds", "0", "--workers")
+
+
+@pytest.fixture
+def clients() -> Iterator[contextlib.ExitStack]:
+    with contextlib.ExitStack() as stack:
+        yield stack
+
+
+def _upgrade(server: Server, clients: contextlib.ExitStack, path: str = "/ws") -> socket.socket:
+    """A connection that has asked for a WebSocket."""
+    client = clients.enter_context(socket.create_connection(("127.0.0.1", server.port), WAIT_S))
+    client.sendall(HEAD.format(path).encode())
+    return client
+
+
+def _is_upgraded(client: socket.socket) -> bool:
+    data = b""
+    with contextlib.suppress(OSError):
+        while b"\r\n\r\n" not in data and (more := client.recv(4096)):
+            data += more
+    return data.startswith(b"HTTP/1.1 101 ")
+
+
+def _pids(server: Server) -> list[int]:
+    """By slot."""
+    found = [worker.pid for worker in status.ask(server.runtime_dir, server.port).workers]
+    assert None not in found
+    return [pid for pid in found if pid is not None]
+
+
+def _limit_descriptors(pid: int, most: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (most, resource.prlimit(pid, resource.RLIMIT_NOFILE)[1]))
+
+
+def test_full_worker_leaves_its_connections_and_those_that_it_is_handed_to_others(
+    serve: Serve, clients: contextlib.ExitStack
+) -> None:
+    """Slot 0 is stopped, 1 has no descriptor left, 2 has many."""
+    server = serve(*SEVERAL, "3")
+    stopped, full, _ = _pids(server)
+    os.kill(stopped, signal.SIGSTOP)
+    server.wait_for("worker_stuck")
+    _limit_descriptors(full, 5)
+    opened = [_upgrade(server, clients) for _ in range(60)]
+    assert all(_is_upgraded(client) for client in opened)
+    os.kill(stopped, signal.SIGCONT)
+    assert not server.events("library_message") and not server.events("worker_died")
+
+
+def test_full_worker_leaves_its_share_to_one_with_room(tmp_path: Path, clients: contextlib.ExitStack) -> None:
+    """All who name a room of one owner go there: it is full, the other worker is nearly empty."""
+    server = Server(
+        *SEVERAL, "2", cwd=tmp_path, prefix=["sh", "-c", 'ulimit -n 170; exec "$@"', "sh"]
+    )  # fmt: skip
+    try:
+        server.wait_for("serving")
+        for _ in range(250):
+            if server.events("descriptors_short"):
+                break
+            _is_upgraded(_upgrade(server, clients, "/ws?room=one-room"))
+        else:
+            pytest.fail("no worker was full")
+        assert all(_is_upgraded(_upgrade(server, clients)) for _ in range(16))
+        assert not server.events("worker_stuck")
+    finally:
+        server.stop()
+
+
+def test_link_that_a_worker_has_no_room_for_is_made_when_it_has(serve: Serve) -> None:
+    server = serve(*SEVERAL, "3")
+    victim, full, _ = _pids(server)
+    held, most = _descriptors(full), resource.prlimit(full, resource.RLIMIT_NOFILE)[0]
+    _limit_descriptors(full, 5)
+    os.kill(victim, signal.SIGKILL)
+    server.wait_for("cannot_receive")
+    until(lambda: _descriptors(full) == held - 1, "the link to the dead one is there still")
+    _limit_descriptors(full, most)
+    until(lambda: _descriptors(full) == held, "no new link")
+    assert len(server.events("cannot_receive")) == 1 and not server.events("library_message")
+
+
+def test_worker_starts_when_its_links_come_late(tmp_path: Path) -> None:
+    """The kernel counts the descriptors on their way over all processes of a user (ETOOMANYREFS): these pass."""
+    if not shutil.which("setpriv"):
+        pytest.skip("no setpriv")
+    unprivileged = ["setpriv", "--bounding-set=-sys_resource,-sys_admin", "--inh-caps=-all"] * (os.geteuid() == 0)
+    prefix = [*unprivileged, "sh", "-c", 'ulimit -n 300; exec "$@"', "sh"]
+    server = Server(*SEVERAL, "3", cwd=tmp_path, prefix=prefix)
+    try:
+        server.wait_for("serving")
+        one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with one, other:
+            for _ in range(4):
+                one.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 250))])
+            os.kill(_pids(server)[0], signal.SIGKILL)
+            server.wait_for("worker_died")
+            until(lambda: len(children(server.process.pid)) == 3, "no successor")
+            time.sleep(0.6)  # it cannot be ready yet, and need not die of that either
+            assert not server.events("worker_ready")
+        server.wait_for("worker_ready")
+        assert (len(server.events("worker_died")), server.events("internal_error")) == (1, [])
+    finally:
+        server.stop()
+
+
+# ---- an early end
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_worker_does_not_hear_the_signals_of_the_supervisor_even_while_it_starts(
+    serve: Serve, number: signal.Signals
+) -> None:
+    """systemd signals the whole control group."""
+    server = serve(*SEVERAL, "1")
+    (victim,) = children(server.process.pid)
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: victim not in children(server.process.pid) and len(children(server.process.pid)) == 1, "no successor")
+    for _ in range(50):  # all along its start, and after it
+        os.kill(children(server.process.pid)[0], number)
+        time.sleep(0.01)
+    server.wait_for("worker_ready")
+    assert len(server.events("worker_died")) == 1
 
 
 @pytest.mark.parametrize("moment", ["supervisor.listen", "supervisor.Counters", "supervisor.uvloop.run"])

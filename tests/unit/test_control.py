@@ -21,6 +21,7 @@ from fastsig.control import (
     Drain,
     Failed,
     Hand,
+    Handed,
     Heartbeat,
     Link,
     Message,
@@ -63,7 +64,7 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
         Boot(Config(), slot=0, slots=1, generation=1, listeners=[5, 6], counters=7, view=VIEW),
         Boot(Config(), 0, 2, 1, [5], 7, VIEW, links=1, shares_listeners=True),
         Link(slot=1, generation=2, serial=3),
-        Hand(),
+        Hand(1),
         Unlinked(slot=1, serial=3),
         Drain(seconds=20.0, deadline_s=25.0),
         Reload(build({"limits.rooms": 7, "log.level": "debug"})),
@@ -72,6 +73,8 @@ def raw() -> Iterator[tuple[socket.socket, Channel]]:
         Ready(pid=7),
         Failed("no such file: käse"),
         Heartbeat(),
+        Heartbeat(is_full=True),
+        Handed(serial=3, is_taken=False),
         Stopped(),
     ],
 )
@@ -237,22 +240,9 @@ def test_descriptors_arrive_open_and_under_numbers_of_the_receiver(ends: Pair, p
     os.close(arrived)
 
 
-def test_sender_knows_whether_all_was_received(ends: Pair, pipe: tuple[int, int]) -> None:
-    ours, theirs = ends
-    ours.send(Heartbeat())
-    ours.send(Hand([pipe[0]]))
-    known = [ours.has_unread()]
-    for _ in range(2):
-        message = theirs.receive()
-        known.append(ours.has_unread())
-    assert known == [True, True, False]
-    assert isinstance(message, Hand)
-    control.close_all(message.fds)
-
-
 def test_order_of_descriptors_is_kept(ends: Pair, pipe: tuple[int, int]) -> None:
     ours, theirs = ends
-    ours.send(Hand([*pipe]))
+    ours.send(Hand(1, [*pipe]))
     reader, writer = _receive_fds(theirs)
     os.write(writer, b"x")
     assert os.read(reader, 1) == b"x"
@@ -262,7 +252,7 @@ def test_order_of_descriptors_is_kept(ends: Pair, pipe: tuple[int, int]) -> None
 def test_descriptors_that_arrive_are_not_inherited(ends: Pair, pipe: tuple[int, int]) -> None:
     ours, theirs = ends
     os.set_inheritable(pipe[0], True)
-    ours.send(Hand([pipe[0]]))
+    ours.send(Hand(1, [pipe[0]]))
     (arrived,) = _receive_fds(theirs)
     assert fcntl.fcntl(arrived, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     os.close(arrived)
@@ -270,7 +260,7 @@ def test_descriptors_that_arrive_are_not_inherited(ends: Pair, pipe: tuple[int, 
 
 def test_sender_keeps_its_copies(ends: Pair, pipe: tuple[int, int]) -> None:
     ours, theirs = ends
-    message = Hand([pipe[1]])
+    message = Hand(1, [pipe[1]])
     ours.send(message)
     assert message.fds == [pipe[1]]
     control.close_all(_receive_fds(theirs))
@@ -280,31 +270,31 @@ def test_sender_keeps_its_copies(ends: Pair, pipe: tuple[int, int]) -> None:
 
 def test_numbers_of_the_sender_do_not_travel(raw: tuple[socket.socket, Channel], pipe: tuple[int, int]) -> None:
     stranger, channel = raw
-    channel.send(Hand([pipe[0]]))
-    assert stranger.recv(1000) == b'{"type":"hand","fds":[-1]}'
+    channel.send(Hand(1, [pipe[0]]))
+    assert stranger.recv(1000) == b'{"type":"hand","serial":1,"fds":[-1]}'
 
 
 def test_as_many_descriptors_as_allowed_pass_and_one_more_does_not(ends: Pair, pipe: tuple[int, int]) -> None:
     ours, theirs = ends
-    ours.send(Hand([pipe[0]] * control.DESCRIPTORS))
+    ours.send(Hand(1, [pipe[0]] * control.DESCRIPTORS))
     arrived = _receive_fds(theirs)
     assert len(arrived) == control.DESCRIPTORS
     control.close_all(arrived)
     with pytest.raises(InvariantError):
-        ours.send(Hand([pipe[0]] * (control.DESCRIPTORS + 1)))
+        ours.send(Hand(1, [pipe[0]] * (control.DESCRIPTORS + 1)))
     assert theirs.receive() is NOTHING
 
 
 @pytest.mark.parametrize(
     ("packet", "count"),
     [
-        (b'{"type":"hand","fds":[]}', 1),
+        (b'{"type":"hand","serial":1,"fds":[]}', 1),
         (b'{"type":"hand"}', 2),
-        (b'{"type":"hand","fds":[-1]}', 2),
-        (b'{"type":"hand","fds":[-1,-1,-1]}', 2),
-        (b'{"type":"hand","fds":[0]}', 0),
+        (b'{"type":"hand","serial":1,"fds":[-1]}', 2),
+        (b'{"type":"hand","serial":1,"fds":[-1,-1,-1]}', 2),
+        (b'{"type":"hand","serial":1,"fds":[0]}', 0),
         (b'{"type":"link","slot":1,"generation":1,"serial":1,"fds":[-1]}', 0),
-        (b'{"type":"hand","fds":["', 2),
+        (b'{"type":"hand","serial":1,"fds":["', 2),
         (b'{"type":"dance"}', 1),
     ],
 )
@@ -324,7 +314,11 @@ def test_more_descriptors_than_a_packet_may_bring_are_cut_refused_and_closed(
 ) -> None:
     stranger, channel = raw
     for announced in (control.DESCRIPTORS, control.DESCRIPTORS + 1):
-        _say(stranger, b'{"type":"hand","fds":[%s]}' % b",".join([b"-1"] * announced), [pipe[0]] * (announced + 1))
+        _say(
+            stranger,
+            b'{"type":"hand","serial":1,"fds":[%s]}' % b",".join([b"-1"] * announced),
+            [pipe[0]] * (announced + 1),
+        )
         with pytest.raises(ControlError, match="cut"):
             channel.receive()
     stranger.send(b'{"type":"heartbeat"}')
@@ -333,15 +327,16 @@ def test_more_descriptors_than_a_packet_may_bring_are_cut_refused_and_closed(
 
 def test_process_without_room_for_descriptors_is_told_and_keeps_none(ends: Pair, pipe: tuple[int, int]) -> None:
     ours, theirs = ends
-    ours.send(Hand([pipe[0]] * 8))
+    ours.send(Hand(1, [pipe[0]] * 8))
     before, (soft, hard) = _held(), resource.getrlimit(resource.RLIMIT_NOFILE)
     free = [number for number in range(1000) if number not in before]
     resource.setrlimit(resource.RLIMIT_NOFILE, (free[4], hard))
     try:
-        with pytest.raises(ControlError, match="8 descriptors announced"):
+        with pytest.raises(ControlError, match="8 descriptors announced") as caught:
             theirs.receive()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.message == Hand(1, [-1] * 8), "who sent it can be told"
     assert _held() == before
 
 
@@ -357,7 +352,7 @@ def test_descriptors_that_nobody_expects_are_not_kept(
 
 def test_descriptors_in_a_channel_that_is_closed_unread_are_closed_too(pipe: tuple[int, int]) -> None:
     ours, theirs = control.pair()
-    ours.send(Hand([pipe[1]]))
+    ours.send(Hand(1, [pipe[1]]))
     os.close(pipe[1])
     theirs.close()
     ours.close()

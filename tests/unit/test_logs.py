@@ -1,13 +1,19 @@
 """Lines of the log, and that the page about them is true."""
 
 import ast
+import contextlib
+import errno
 import io
 import json
 import logging
-from collections.abc import Iterator
+import os
+import socket
+import threading
+import tty
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -250,6 +256,81 @@ def test_log_that_nobody_reads_fails_nobody(stream: Stream, monkeypatch: pytest.
     monkeypatch.setattr("sys.stderr", None)
     logs.configure("info", "auto")
     logs.get("fastsig.test").info("serving")
+
+
+@pytest.fixture(params=["pipe", "socket", "terminal"])
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[int, TextIO]]:
+    """What a reader reads from, and the stream that ends there."""
+    if request.param == "pipe":
+        reader, writer = os.pipe()
+    elif request.param == "socket":
+        reader, writer = (end.detach() for end in socket.socketpair())
+    else:
+        reader, writer = os.openpty()
+        tty.setraw(writer)
+    os.set_blocking(reader, False)
+    with os.fdopen(writer, "w", encoding="utf-8") as log:
+        yield reader, log
+    os.close(reader)
+
+
+def _read(reader: int) -> str:
+    data = b""
+    with contextlib.suppress(BlockingIOError):
+        while more := os.read(reader, 1 << 16):
+            data += more
+    return data.decode()
+
+
+@pytest.mark.parametrize("has_nowait", [True, False], ids=["new kernel", "old kernel"])
+@pytest.mark.parametrize("length", [100, 3000, 10_000, 300_000])
+def test_log_that_nobody_reads_loses_lines_and_says_how_many(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch, ends: tuple[int, TextIO], length: int, *, has_nowait: bool
+) -> None:
+    """Written from a thread: a call that blocks fails this test, and hangs nothing."""
+    if not has_nowait:
+        monkeypatch.setattr(os, "pwritev", _old_kernel)
+    reader, log = ends
+    logs.configure("info", "json", stream=log)
+    said = max(20, 1_000_000 // length)
+    assert _is_done(lambda: _say(said, "x" * length))
+    heard = _read(reader)
+    logs.get("fastsig.test").info("stopped")
+    heard += _read(reader)
+    whole = [json.loads(line) for line in heard.splitlines() if line.endswith("}")]
+    reports = [line for line in whole if line["event"] == "lines_lost"]  # a terminal takes more after a moment
+    assert whole[-2:] == [reports[-1], whole[-1]] and whole[-1]["event"] == "stopped"
+    assert sum(report["lines"] for report in reports) + len(whole) - len(reports) - 1 == said
+    assert sum(not line.endswith("}") for line in heard.splitlines()) <= len(reports), "no more are cut than are said"
+
+
+def _say(count: int, text: str) -> None:
+    for _ in range(count):
+        logs.get("fastsig.test").info("serving", text=text)
+
+
+def _old_kernel(*_: object) -> int:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+def _is_done(call: Callable[[], object]) -> bool:
+    """Does it return in time?"""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+def test_log_in_a_file_is_written_behind_what_is_there(stream: Stream, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_text("before\n", encoding="utf-8")
+    with path.open("a", encoding="utf-8") as log:
+        logs.configure("info", "text", stream=log)
+        for _ in range(2):
+            logs.get("fastsig.test").info("serving", name="é")
+    first, *others = path.read_text(encoding="utf-8").splitlines()
+    assert first == "before" and len(others) == 2 and all("name=é" in line for line in others)
+    assert logs._output.lost == 0
 
 
 # ---- the vocabulary

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 
 from fastsig import control, cpus, supervisor
 from fastsig.config import Config, build
-from fastsig.control import NOTHING, Channel, Drain, Hand, Link, Message, Reload, Stop
+from fastsig.control import NOTHING, Channel, Drain, Hand, Link, Message, Reload
 from fastsig.supervisor import (
     FIRST_RETRY_S,
     IN_HAND,
@@ -300,6 +300,39 @@ def test_slots_that_serve_are_not_deserted() -> None:
     assert (fleet.accepting(), fleet.deserted()) == ([0, 1, 2], [])
 
 
+def test_full_slot_takes_nothing_and_others_take_what_is_its_own() -> None:
+    fleet = _serving(2)
+    fleet.look(NOW)
+    fleet.on_full(1, is_full=True)
+    findings, _ = _listen(fleet, 60, NOW, beating=[0, 1])
+    assert (fleet.accepting(), fleet.deserted(), findings) == ([0], [1], []), "full is not stuck"
+    fleet.on_full(0, is_full=True)
+    assert (fleet.accepting(), fleet.deserted()) == ([], []), "where nobody has room all wait in their own queues"
+    fleet.on_full(1, is_full=False)
+    assert (fleet.accepting(), fleet.deserted()) == ([1], [0])
+
+
+def test_successor_of_a_full_worker_has_room() -> None:
+    fleet = _serving(2)
+    fleet.on_full(1, is_full=True)
+    fleet.on_death(1, "code 1", NOW + SETTLED_S)
+    fleet.starts(NOW + SETTLED_S)
+    fleet.on_ready(1, NOW + SETTLED_S)
+    assert fleet.accepting() == [0, 1]
+
+
+def test_slots_that_nobody_accepts_from_are_the_dead_and_the_stuck() -> None:
+    fleet = _serving(5)
+    fleet.look(NOW)
+    fleet.on_full(4, is_full=True)
+    _listen(fleet, STUCK_S, NOW, beating=[0, 2, 3, 4])
+    fleet.on_death(2, "code 1", NOW + 1)
+    fleet.on_death(3, "code 1", NOW + 1)
+    fleet.starts(NOW + 1 + FIRST_RETRY_S)
+    fleet.on_death(2, "code 1", NOW + 2)
+    assert fleet.unserved() == [1, 2], "that of slot 3 will be ready soon, that of slot 4 accepts when somebody goes"
+
+
 def test_slot_is_deserted_from_its_death_until_its_successor_is_ready() -> None:
     fleet = _serving(3)
     fleet.on_death(1, "code 1", NOW + 1)
@@ -405,7 +438,7 @@ def _is_closed(reader: int) -> bool:
 def _fill(outbox: _Outbox) -> int:
     """Until the channel has no room; how many messages it took."""
     count = 0
-    while outbox.offer(Stop()):
+    while outbox.offer(Hand(count)):
         count += 1
     return count
 
@@ -437,7 +470,7 @@ async def test_message_that_must_wait_is_sent_in_order_as_soon_as_there_is_room(
     reader, writer = _pipe_end()
     outbox.send(Link(1, 1, 1, [writer]))
     outbox.send(Drain(1.0, 2.0))
-    assert not outbox.offer(Hand()), "nothing overtakes what waits"
+    assert not outbox.offer(Hand(1)), "nothing overtakes what waits"
     heard = _all_of(worker)
     async with asyncio.timeout(10):
         while len(heard) < count + 2:
@@ -490,44 +523,38 @@ async def test_what_waits_is_closed_with_the_outbox(told: tuple[_Outbox, Channel
     os.close(reader)
 
 
-def test_copy_of_what_was_offered_is_kept_until_it_is_received(told: tuple[_Outbox, Channel]) -> None:
+def test_copy_of_what_was_offered_is_kept_until_it_is_taken_back(told: tuple[_Outbox, Channel]) -> None:
     outbox, worker = told
     reader, writer = _pipe_end()
-    assert outbox.offer(Hand([writer]))
-    outbox.confirm()
-    os.write(writer, b"open still")
+    assert outbox.offer(Hand(7, [writer]))
     (hand,) = _all_of(worker)
     control.close_all(control.descriptors(hand))
-    outbox.confirm()
-    os.read(reader, 100)
-    assert _is_closed(reader)
-    os.close(reader)
-
-
-def test_what_was_offered_to_one_that_ended_unheard_can_be_taken_back(told: tuple[_Outbox, Channel]) -> None:
-    outbox, worker = told
-    reader, writer = _pipe_end()
-    assert outbox.offer(Hand([writer]))
-    worker.close()
-    (back,) = outbox.take_back()
-    outbox.close()
-    assert back == writer and not _is_closed(reader)
+    assert not _is_closed(reader)
+    assert (outbox.take_back(8), outbox.take_back(7), outbox.take_back(7)) == ([], [writer], [])
     control.close_all([reader, writer])
 
 
-def test_worker_is_offered_no_more_than_it_may_leave_unread(told: tuple[_Outbox, Channel]) -> None:
+def test_what_was_offered_to_one_that_ended_can_be_taken_back(told: tuple[_Outbox, Channel]) -> None:
     outbox, worker = told
+    pipes = [_pipe_end() for _ in range(2)]
+    for serial, (_, writer) in enumerate(pipes):
+        assert outbox.offer(Hand(serial, [writer]))
+    worker.close()
+    back = outbox.take_back_all()
+    outbox.close()
+    assert back == [writer for _, writer in pipes] and not any(_is_closed(reader) for reader, _ in pipes)
+    control.close_all(fd for pipe in pipes for fd in pipe)
+
+
+def test_worker_is_offered_no_more_than_it_may_leave_unanswered(told: tuple[_Outbox, Channel]) -> None:
+    outbox, _ = told
     pipes = [os.pipe() for _ in range(control.DESCRIPTORS // 2)]
-    assert outbox.offer(Hand([fd for pair in pipes for fd in pair]))
+    assert outbox.offer(Hand(1, [fd for pair in pipes for fd in pair]))
     reader, writer = _pipe_end()
-    assert not outbox.offer(Hand([writer]))
-    (hand,) = _all_of(worker)
-    control.close_all(control.descriptors(hand))
-    assert outbox.offer(Hand([writer]))
-    (hand,) = _all_of(worker)
-    control.close_all(control.descriptors(hand))
-    outbox.confirm()
-    assert _is_closed(reader)
+    assert not outbox.offer(Hand(2, [writer]))
+    control.close_all(outbox.take_back(1))
+    assert outbox.offer(Hand(2, [writer]))
+    outbox.close()
     os.close(reader)
 
 
@@ -535,9 +562,9 @@ async def test_offer_that_is_not_taken_leaves_its_descriptors_alone(told: tuple[
     outbox, worker = told
     _fill(outbox)
     reader, writer = _pipe_end()
-    assert not outbox.offer(Hand([writer]))
+    assert not outbox.offer(Hand(1, [writer]))
     worker.close()
-    assert not outbox.offer(Hand([writer]))
+    assert not outbox.offer(Hand(1, [writer]))
     assert not _is_closed(reader)
     control.close_all([reader, writer])
 
