@@ -1582,6 +1582,7 @@ cdef inline const char *cut(const char *p, const char *end, fs_text *text) noexc
 
 # --------------------------------------------------------------------------------------------- the relay
 
+@cython.no_gc_clear  # the collector would forget whose buffer `counters` is before __dealloc__ gives it back
 cdef class Relay:
     """All rooms and connections of one worker.
 
