@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -86,10 +87,11 @@ async def test_table_shows_the_workers(serve: Serve) -> None:
     assert (run.returncode, run.stderr) == (0, "")
     first, head, row = run.stdout.splitlines()
     assert first.startswith("fastsig ") and f"pid {server.process.pid}, up " in first and server.url in first
-    cells = dict(zip(head.replace("up since", "day time").replace("CPU %", "cpu").split(), row.split(), strict=True))
+    names = re.split(r"\s{2,}", head.strip().replace("up since", "day  time"))
+    cells = dict(zip(names, row.split(), strict=True))
     expected = {"slot": "0", "generation": "1", "connections": "2", "rooms": "1", "members": "2", "delivered": "3"}
     assert expected.items() <= cells.items() and cells["errors"] == "1"
-    assert 5 < float(cells["MiB"]) < 500 and 0 <= float(cells["cpu"]) <= 150
+    assert 5 < float(cells["RSS MiB"]) < 500 and 0 <= float(cells["CPU %"]) <= 150
 
 
 def test_json_has_every_counter(server: Server) -> None:
