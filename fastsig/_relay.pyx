@@ -180,21 +180,22 @@ cdef enum Frame:  # between workers: uint32 length of what follows, one byte of 
     WORD       # what `bus_messages` says
     RELAYED    # home to owner: one message of a member
     DIRECTED   # owner to home: for one member, by n
-    TOLD       # the same, not counted as delivered: an ack or an error
+    TOLD       # the same, not counted as delivered: an error
     BROADCAST  # owner to home: for all members of a room but one
-    DELIVERED  # home to owner: on how many connections one of the two was put
+    DELIVERED  # answer to one that had a number: on how many connections it was put
 
 cdef enum:
     LENGTH = 4              # of a frame, before it
     MORE = 1                # the first byte of a packet: what follows is a piece of a frame, and not its last
     NO_PAYLOAD = 0xffffffff
-    WANTS_ACK = 1
+    RELAYED_HEAD = 20       # n, lengths of type, id and list of recipients, 0, length of the payload, number
 
 cdef double OVER_S = 1.0     # see Connection._overdraw
 cdef double LINGER_S = 2.0   # PROTOCOL §3.5
 cdef double PROBE_S = 5.0    # PROTOCOL §3.2, the same id twice
 cdef double PROBE_AGAIN_S = 30.0
 cdef double ACK_S = 2.0      # PROTOCOL §3.2: a home that is silent for so long has delivered nothing
+cdef double OWNER_ACK_S = 2 * ACK_S  # the owner may have waited itself
 cdef bytes NULL_JSON = b"null"
 cdef tuple VERDICTS = ("ok", "bad_utf8", "bad_json", "bad_message", "too_large")
 
@@ -1067,11 +1068,12 @@ cdef class Connection(WSListener):
 # --------------------------------------------------------------------------------------------- other workers
 
 cdef class Pending:
-    """An ack that waits for the word of other workers."""
+    """An ack that waits for the word of other workers. As owner we owe it to the sender's home, if it is a guest."""
 
     cdef Member sender
     cdef bytes id
     cdef uint32_t number
+    cdef uint32_t asked_as           # the number that a guest's home has given it
     cdef uint32_t delivered
     cdef list homes                  # of Neighbour, one for each answer that is missing
     cdef double until
@@ -1262,7 +1264,7 @@ cdef class Neighbour:
     cdef int _take_frame(self, int kind, const char *p, size_t n) except -1:
         if kind == DIRECTED and n >= 12:
             return self._take_directed(p, n)
-        if kind == RELAYED and n >= 16:
+        if kind == RELAYED and n >= RELAYED_HEAD:
             return self._take_relayed(p, p + n)
         if kind == BROADCAST and n >= 13:
             return self._take_broadcast(p, p + n)
@@ -1279,13 +1281,13 @@ cdef class Neighbour:
         """A guest's message. One that is not on the roster (any more) is not heard."""
         cdef fs_envelope *e = &self.relay.envelope
         cdef Member sender = self._guest(p)
-        cdef uint32_t i, payload
-        cdef int flags = <uint8_t>p[8]
-        e.type.n = <uint8_t>p[9]
-        e.id.n = <uint8_t>p[10]
-        e.recipients = <uint8_t>p[11]
+        cdef uint32_t i, payload, number
+        e.type.n = <uint8_t>p[8]
+        e.id.n = <uint8_t>p[9]
+        e.recipients = <uint8_t>p[10]
         memcpy(&payload, p + 12, 4)
-        p += 16
+        memcpy(&number, p + 16, 4)
+        p += RELAYED_HEAD
         if e.recipients > 32:
             return self._not_understood()
         e.payload.n = 0 if payload == NO_PAYLOAD else payload
@@ -1309,7 +1311,7 @@ cdef class Neighbour:
         e.room.p = PyBytes_AS_STRING(sender.room.raw)
         e.room.n = PyBytes_GET_SIZE(sender.room.raw)
         self.relay.words[RELAYED_FOR_OTHERS_TOTAL] += 1
-        return self.relay._route(sender, flags & WANTS_ACK)
+        return self.relay._route(sender, number != 0, number)
 
     cdef Member _guest(self, const char *p):
         cdef uint64_t n
@@ -1391,10 +1393,10 @@ cdef class Neighbour:
         cdef size_t waiting = self.out_to - self.out_from
         return waiting - self.exempt if waiting > self.exempt else 0
 
-    cdef int _relay(self, uint64_t n, fs_envelope *e, bint wants_ack) except -1:
+    cdef int _relay(self, uint64_t n, fs_envelope *e, uint32_t number) except -1:
         """One message of our member `n`, to the owner of its room. Everything in it is validated."""
         cdef uint32_t i, payload = NO_PAYLOAD if e.payload.p == NULL else e.payload.n
-        cdef size_t size = 16 + e.type.n + (0 if e.id.p == NULL else e.id.n) + e.recipients
+        cdef size_t size = RELAYED_HEAD + e.type.n + (0 if e.id.p == NULL else e.id.n) + e.recipients
         cdef char *p
         for i in range(e.recipients):
             size += e.recipient[i].n
@@ -1402,12 +1404,13 @@ cdef class Neighbour:
             size += e.payload.n
         p = self._begin(RELAYED, size)
         memcpy(p, &n, 8)
-        p[8] = WANTS_ACK if wants_ack else 0
-        p[9] = <char>e.type.n
-        p[10] = <char>(0 if e.id.p == NULL else e.id.n)
-        p[11] = <char>e.recipients
+        p[8] = <char>e.type.n
+        p[9] = <char>(0 if e.id.p == NULL else e.id.n)
+        p[10] = <char>e.recipients
+        p[11] = 0
         memcpy(p + 12, &payload, 4)
-        p = put(p + 16, e.type.p, e.type.n)
+        memcpy(p + 16, &number, 4)
+        p = put(p + RELAYED_HEAD, e.type.p, e.type.n)
         if e.id.p != NULL:
             p = put(p, e.id.p, e.id.n)
         for i in range(e.recipients):
@@ -2081,28 +2084,44 @@ cdef class Relay:
             return self._refuse(connection, "not_joined", None)
         if sender.room.owner is not None:
             return self._relay_away(sender)
-        return self._route(sender, connection.wants_ack and e.id.p != NULL)
+        return self._route(sender, connection.wants_ack and e.id.p != NULL, 0)
 
     cdef int _relay_away(self, Member sender) except -1:
         """To the owner of the room, which knows the others."""
         cdef fs_envelope *e = &self.envelope
         cdef Neighbour owner = sender.room.owner
+        cdef Pending pending = None
         if not owner.is_open or owner._is_congested():
             return self._refuse(sender.connection, "backend_unavailable", recipients_of(e))
         self.words[RELAYED_AWAY_TOTAL] += 1
-        return owner._relay(sender.n, e, sender.connection.wants_ack and e.id.p != NULL)
+        if sender.connection.wants_ack and e.id.p != NULL:
+            pending = self._ack_of(sender, 0)
+            pending.homes.append(owner)
+            self._await_ack(pending, OWNER_ACK_S)
+        return owner._relay(sender.n, e, 0 if pending is None else pending.number)
 
-    cdef int _route(self, Member sender, bint wants_ack) except -1:
+    cdef Pending _ack_of(self, Member sender, uint32_t asked_as):
+        """For the message in `envelope`."""
+        cdef Pending pending = Pending.__new__(Pending)
+        self.acks = self.acks + 1 or 1  # 0 is for messages that want none
+        pending.number = self.acks
+        pending.asked_as = asked_as
+        pending.sender = sender
+        pending.id = self.envelope.id.p[:self.envelope.id.n]
+        pending.homes = []
+        return pending
+
+    cdef int _await_ack(self, Pending pending, double within_s) except -1:
+        pending.until = self.clock() + within_s
+        self.pending[pending.number] = pending
+        return 0
+
+    cdef int _route(self, Member sender, bint wants_ack, uint32_t asked_as) except -1:
         """The message in `envelope` to the members of a room of ours. `sender` is one, here or elsewhere."""
         cdef fs_envelope *e = &self.envelope
-        cdef Pending pending = None
+        cdef Pending pending = self._ack_of(sender, asked_as) if wants_ack else None
         cdef uint32_t delivered
         cdef size_t n
-        if wants_ack:
-            pending = Pending.__new__(Pending)
-            pending.homes = []
-            self.acks += 1
-            pending.number = self.acks
         if e.recipients:
             delivered = self._direct(sender, pending)
         else:
@@ -2112,11 +2131,8 @@ cdef class Relay:
         self.words[MESSAGES_DELIVERED_TOTAL] += delivered
         if pending is not None:
             pending.delivered = delivered
-            pending.sender = sender
-            pending.id = e.id.p[:e.id.n]
             if pending.homes:
-                pending.until = self.clock() + ACK_S
-                self.pending[pending.number] = pending
+                self._await_ack(pending, ACK_S)
             else:
                 self._ack(pending)
         return 0
@@ -2195,8 +2211,11 @@ cdef class Relay:
 
     cdef int _ack(self, Pending pending) except -1:
         cdef char id[ESCAPED_ID]
-        cdef size_t n = fs_escape(id, PyBytes_AS_STRING(pending.id), PyBytes_GET_SIZE(pending.id))
-        self.tell(pending.sender, b'{"type":"ack","payload":{"delivered":%d,"queued":0},"id":%b}' % (
+        cdef size_t n
+        if pending.sender.connection is None:
+            return pending.sender.home._confirm(pending.asked_as, pending.delivered)
+        n = fs_escape(id, PyBytes_AS_STRING(pending.id), PyBytes_GET_SIZE(pending.id))
+        pending.sender.connection.send(b'{"type":"ack","payload":{"delivered":%d,"queued":0},"id":%b}' % (
             pending.delivered, id[:n]))
         return 0
 
@@ -2206,10 +2225,9 @@ cdef class Relay:
 
     cdef int _settle_late(self, double now) except -1:
         cdef Pending pending
-        for number, pending in list(self.pending.items()):  # the oldest first
-            if now < pending.until:
-                break
-            self._settle_ack(number, pending)
+        for number, pending in list(self.pending.items()):
+            if now >= pending.until:
+                self._settle_ack(number, pending)
         return 0
 
     cdef size_t _envelope_size(self, Member sender, Member recipient) noexcept:

@@ -512,8 +512,8 @@ async def test_name_that_was_taken_while_the_link_was_down_stays_with_its_new_ho
 
 @pytest.mark.parametrize("packet", [
     b"\0\0", b"\0\0\0\0\0", b"\0\xff\0\0\0\0", b"\0\x01\0\0\0\x63", b"\0\x05\0\0\0\x01abcd", b"\0\x03\0\0\0\0{}",
-    b"\0\x11\0\0\0\x01" + b"\xff" * 16, b"\0\x0e\0\0\0\x04" + b"\xff" * 13, b"\0\x02\0\0\0\x05a",
-    b"\0\x11\0\0\0\x01" + bytes(9) + b"\x40" + bytes(6),
+    b"\0\x15\0\0\0\x01" + b"\xff" * 20, b"\0\x0e\0\0\0\x04" + b"\xff" * 13, b"\0\x02\0\0\0\x05a",
+    b"\0\x15\0\0\0\x01" + bytes(10) + b"\x40" + bytes(9),
 ])  # fmt: skip
 async def test_packet_that_is_not_understood_resets_the_link_and_costs_no_more(cluster: Cluster, packet: bytes) -> None:
     room = cluster.room(owner=1)
@@ -724,6 +724,30 @@ async def test_update_at_a_link_that_is_being_reset_is_refused_or_heard() -> Non
     b.take()
     assert [(message["code"], message["id"]) for message in a.take()] == [
         ("backend_unavailable", "u"), ("backend_unavailable", "m")]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["dies", "is stopped"])
+async def test_ack_of_a_message_that_its_owner_never_handled_goes_out(cluster: Cluster, how: str) -> None:
+    room = cluster.room(1)
+    a = cluster[0].connect()
+    say(cluster, a, type="hello", sender="a", payload={"caps": ["ack"]})
+    say(cluster, a, type="join", room=room)
+    a.take()
+    stopped, cluster.hosts[1] = cluster[1], None
+    say(cluster, a, type="message", room=room, id="1")
+    if how == "dies":
+        cluster.hosts[1] = stopped
+        cluster.kill(1)
+        cluster.run()
+    else:
+        cluster.advance(3)
+        assert a.take() == []
+        cluster.advance(1.5)
+    assert a.take() == [{"type": "ack", "payload": {"delivered": 0, "queued": 0}, "id": "1"}]
+    if how == "is stopped":
+        cluster.hosts[1] = stopped
+    cluster.run()
+    assert a.take() == []
 
 
 async def test_messages_to_other_rooms_behind_a_join_are_not_lost_by_a_normal_close() -> None:
