@@ -1091,7 +1091,7 @@ cdef class Neighbour:
     cdef readonly object link
     cdef public bint is_open         # it has settled which of our members it takes: relays may go
     cdef Table rooms, members, guests
-    cdef Table departed              # our members that left, for as long as acks and errors for them may come
+    cdef Table departed              # our members that left, for as long as errors for them may come
     cdef char *out
     cdef size_t out_from, out_to, out_size
     cdef size_t exempt               # bytes of them that do not count against the bound
@@ -1435,7 +1435,7 @@ cdef class Neighbour:
         return pending.number
 
     cdef int _told(self, uint64_t n, bytes text) except -1:
-        """What a message came to. Not for one that is congested itself: refusals would fill it up."""
+        """What a message was refused for. Not to one that is congested itself: refusals would fill it up."""
         cdef char *p
         if self._is_congested():
             return 0

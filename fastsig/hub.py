@@ -96,7 +96,7 @@ class Hub:
         self._neighbours: dict[Address, Neighbour] = {}
         self._requests: dict[int, _Request] = {}  # by the number of the join, the oldest first
         self._asking: dict[Connection, int] = {}  # the same by the connection: it has one at a time
-        self._left: deque[tuple[float, Neighbour, Member]] = deque()  # members whom acks and errors may come for yet
+        self._left: deque[tuple[float, Neighbour, Member]] = deque()  # members whom errors may come for yet
         self._numbers = itertools.count(1)
         self._handlers: dict[str, Callable[[Connection, Message], None]] = {
             "hello": self._hello,
