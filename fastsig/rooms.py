@@ -74,7 +74,7 @@ class Rooms:
         self._announced: list[Neighbour] = []  # while gathering: who has
         self._announcements: dict[Neighbour, list[Announce]] = {}  # until `Done`: all at once, or not at all
         self._held: list[_Held] = []
-        self._met: set[tuple[Address, int]] = set()  # the lives of workers that a link was settled with
+        self._met: dict[Address, int] = {}  # the last lives (generations) of workers that a link was settled with
 
     def gather(self, neighbours: Iterable[Address]) -> None:
         """A new life: wait for what these announce, until all have or `end_gathering` says that it was long enough."""
@@ -208,7 +208,7 @@ class Rooms:
         return True
 
     def _on_done(self, home: Neighbour, word: Done) -> None:
-        is_in_time = self.is_gathering or (home.address, home.link.generation) in self._met
+        is_in_time = self.is_gathering or self._met.get(home.address) == home.link.generation
         announcements = self._announcements.pop(home, [])
         gone = [
             entry.n
@@ -231,7 +231,7 @@ class Rooms:
 
     def _settle(self, home: Neighbour) -> None:
         """It hears the rosters of all rooms with a peer of its own, then that relays may go."""
-        self._met.add((home.address, home.link.generation))
+        self._met[home.address] = home.link.generation
         for room in {member.room for member in home.guests_here}:
             home.say_exempt(encode(Roster(room.name, entries(room.members), room.max_peers)))
         home.say_exempt(encode(Settled()))
