@@ -6,7 +6,7 @@ the machine may swallow: who calls `flush` and `resume` again and again has it t
 
 Invariants: a worker hears its messages in the order of `send`, and of two configurations, or links to one slot, that
 wait for it the newer only. A connection that a worker was handed is kept here until that worker has said whether it has
-it; at most one worker has it.
+it, or has ended.
 Must not know: which slots serve, what a message means, processes. Read `control` for the messages, `supervisor` next.
 """
 
@@ -29,8 +29,7 @@ HANDED: Final = 8  # at most in one message, so that all who serve get some
 IN_HAND: Final = 64  # connections that are accepted, and not with a worker yet
 IN_HAND_S: Final = 5.0
 
-# They pass.
-_SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})
+_SHORTAGES: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS})  # pass
 
 
 class Outbox:
