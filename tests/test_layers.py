@@ -18,7 +18,7 @@ LAYERS = (
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
     ("edge", "connection passing ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
-    ("process", "control systemd status worker cpus supervisor"),
+    ("process", "control systemd status worker cpus fleet listeners handover processes supervisor"),
     ("outside", "client cli"),
 )
 ORDER = [name for _, names in LAYERS for name in names.split()]

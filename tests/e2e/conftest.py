@@ -77,7 +77,7 @@ def run_with(
     (folder / "odd_worker.py").write_text(textwrap.dedent(head) + textwrap.dedent(source), encoding="utf-8")
     values = {"server.port": 0} | (options or {})
     program = (
-        "import sys; from fastsig import config, supervisor\n"
+        "import sys; from fastsig import config, fleet, supervisor\n"
         f"supervisor.slot_count = lambda config: {slots}; {prepare}\n"
         f"sys.exit(supervisor.run(config.build({values!r}), worker='odd_worker'))"
     )

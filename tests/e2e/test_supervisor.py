@@ -21,8 +21,7 @@ from typing import Any
 import pytest
 from websockets.asyncio.client import connect
 
-from fastsig import status, supervisor
-from fastsig.errors import StartError
+from fastsig import status
 from tests.e2e.conftest import PYTHON, Server, children, run_with, until
 
 Serve = Callable[..., Server]
@@ -179,7 +178,7 @@ def test_worker_that_cannot_start_ends_the_launch_with_3_and_one_line(tmp_path: 
 
 
 def test_workers_that_cannot_be_executed_end_the_launch_with_3_and_one_line(tmp_path: Path) -> None:
-    process = run_with(tmp_path, "", slots=3, prepare="supervisor.sys.executable = '/no/such/python'")
+    process = run_with(tmp_path, "", slots=3, prepare="sys.executable = '/no/such/python'")
     _, stderr = process.communicate(timeout=END_S)
     assert process.returncode == 3
     (line,) = stderr.splitlines()
@@ -242,7 +241,7 @@ def test_stop_during_the_start_is_clean(tmp_path: Path) -> None:
 
 def test_modules_in_the_current_folder_are_not_ours(serve: Serve, tmp_path: Path) -> None:
     """`serve` runs in tmp_path. A stray file there must not become part of the server."""
-    program = "import sys; from fastsig import config, supervisor; print(supervisor._command('fastsig.worker', 3))"
+    program = "import sys; from fastsig import processes; print(processes._command('fastsig.worker', 3))"
     found = subprocess.run([PYTHON, "-P", "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "'-P'" in found.stdout
 
@@ -444,7 +443,7 @@ def test_successor_and_its_neighbours_get_new_links(fleet: Callable[..., Fleet])
 
 def test_end_of_a_worker_ends_its_links(fleet: Callable[..., Fleet]) -> None:
     """Nobody else, the supervisor least of all, holds an end of them."""
-    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0")
+    made = fleet(slots=3, prepare="fleet.FIRST_RETRY_S = 60.0")
     made.wait_for(6, "link")
     os.kill(made.pid(1), signal.SIGKILL)
     for neighbour in (0, 2):
@@ -493,7 +492,7 @@ def _cpus(pid: int) -> set[int]:
 
 
 def test_connections_of_a_dead_slot_are_handed_to_the_others(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0")
+    made = fleet(slots=3, prepare="fleet.FIRST_RETRY_S = 60.0")
     os.kill(made.pid(1), signal.SIGKILL)
     began = time.monotonic()
     answers = made.ask(60)
@@ -515,7 +514,7 @@ def test_slot_that_serves_again_accepts_for_itself(fleet: Callable[..., Fleet]) 
 
 
 def test_connections_of_a_stopped_worker_are_handed_on_and_it_is_replaced(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=2, prepare="supervisor.REPLACE_S = 3.0")
+    made = fleet(slots=2, prepare="fleet.REPLACE_S = 3.0")
     stopped = made.pid(0)
     os.kill(stopped, signal.SIGSTOP)
     began = time.monotonic()
@@ -533,7 +532,7 @@ def test_connections_of_a_stopped_worker_are_handed_on_and_it_is_replaced(fleet:
 
 
 def test_connections_that_were_handed_to_one_that_had_just_stopped_are_handed_on(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0; supervisor.REPLACE_S = 2.0")
+    made = fleet(slots=3, prepare="fleet.FIRST_RETRY_S = 60.0; fleet.REPLACE_S = 2.0")
     os.kill(made.pid(0), signal.SIGKILL)
     made.wait_for(1, "worker_died", slot=0)
     os.kill(made.pid(1), signal.SIGSTOP)
@@ -543,7 +542,7 @@ def test_connections_that_were_handed_to_one_that_had_just_stopped_are_handed_on
 
 
 def test_connections_that_a_worker_has_no_room_for_are_handed_to_another(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0", special="def takes(fds): return boot.slot != 2")
+    made = fleet(slots=3, prepare="fleet.FIRST_RETRY_S = 60.0", special="def takes(fds): return boot.slot != 2")
     before = _descriptors(made.process.pid)
     os.kill(made.pid(1), signal.SIGKILL)
     answers = made.ask(60)
@@ -570,7 +569,7 @@ def test_worker_that_goes_on_in_time_is_left_alone(fleet: Callable[..., Fleet]) 
 def test_worker_that_never_becomes_ready_is_replaced(fleet: Callable[..., Fleet]) -> None:
     made = fleet(
         slots=2,
-        prepare="supervisor.START_S = 2.0; supervisor.FIRST_RETRY_S = 0.0",
+        prepare="fleet.START_S = 2.0; fleet.FIRST_RETRY_S = 0.0",
         special="while (boot.slot, boot.generation) == (0, 2): time.sleep(0.1); channel.send(Heartbeat())",
     )
     os.kill(made.pid(0), signal.SIGKILL)
@@ -580,14 +579,14 @@ def test_worker_that_never_becomes_ready_is_replaced(fleet: Callable[..., Fleet]
 
 
 def test_worker_that_never_becomes_ready_at_first_ends_the_launch(tmp_path: Path) -> None:
-    process = run_with(tmp_path, "wait(Stop)", prepare="supervisor.START_S = 1.0")
+    process = run_with(tmp_path, "wait(Stop)", prepare="fleet.START_S = 1.0")
     _, stderr = process.communicate(timeout=END_S)
     assert process.returncode == 3
     assert '"cannot_start"' in stderr.splitlines()[-1] and "not ready" in stderr.splitlines()[-1]
 
 
 def test_nobody_is_blamed_for_time_in_which_the_supervisor_was_stopped(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=2, prepare="supervisor.REPLACE_S = 1.5")
+    made = fleet(slots=2, prepare="fleet.REPLACE_S = 1.5")
     pids = [made.pid(0), made.pid(1)]
     for _ in range(3):
         made.process.send_signal(signal.SIGSTOP)
@@ -621,7 +620,7 @@ def test_supervisor_with_much_to_do_blames_nobody_and_takes_several_hangups_as_o
 def test_slot_that_does_not_serve_in_a_drain_leaves_nobody_waiting(
     fleet: Callable[..., Fleet], *, is_stopped: bool
 ) -> None:
-    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = 60.0", special="def on_drain(): pass")
+    made = fleet(slots=3, prepare="fleet.FIRST_RETRY_S = 60.0", special="def on_drain(): pass")
     os.kill(made.pid(1), signal.SIGSTOP if is_stopped else signal.SIGKILL)
     made.wait_for(1, "worker_stuck" if is_stopped else "worker_died", slot=1)
     made.process.send_signal(signal.SIGTERM)
@@ -653,7 +652,7 @@ def test_nothing_is_handed_on_while_the_server_ends(fleet: Callable[..., Fleet])
 
 @pytest.mark.timeout(180)
 def test_a_hundred_deaths_leave_nothing_behind(fleet: Callable[..., Fleet]) -> None:
-    made = fleet(slots=3, prepare="supervisor.FIRST_RETRY_S = supervisor.LONGEST_RETRY_S = 0.0")
+    made = fleet(slots=3, prepare="fleet.FIRST_RETRY_S = fleet.LONGEST_RETRY_S = 0.0")
     pid = made.process.pid
 
     def kill(times: int) -> None:
@@ -810,7 +809,7 @@ def test_worker_does_not_hear_the_signals_of_the_supervisor_even_while_it_starts
     assert len(server.events("worker_died")) == 1
 
 
-@pytest.mark.parametrize("moment", ["supervisor.listen", "supervisor.Counters", "supervisor.uvloop.run"])
+@pytest.mark.parametrize("moment", ["supervisor.listeners.listen", "supervisor.Counters", "supervisor.uvloop.run"])
 def test_signal_before_anything_listens_to_it_is_an_orderly_end(tmp_path: Path, moment: str) -> None:
     """Each of these is called once, before the first worker is started."""
     prepare = (
@@ -897,110 +896,7 @@ def test_many_workers_start_and_end_within_the_usual_descriptors(fleet: Callable
     assert made.stop() == 0
 
 
-# ---- addresses
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int = 0) -> Iterator[list[tuple[str, int]]]:
-    """Names and ports that `supervisor.listen` takes for one slot."""
-    rows = supervisor.listen(host, port, 1, 16)
-    try:
-        yield [listener.getsockname()[:2] for listener in rows[0]]
-    finally:
-        supervisor._close(rows)
-
-
-def _has_ipv6() -> bool:
-    try:
-        with socket.create_server(("::1", 0), family=socket.AF_INET6):
-            return True
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize(
-    ("host", "addresses"),
-    [
-        ("localhost", {"127.0.0.1", "::1"}),
-        ("127.0.0.1", {"127.0.0.1"}),
-        ("0.0.0.0", {"0.0.0.0"}),
-        ("*", {"0.0.0.0", "::"}),
-        ("::", {"0.0.0.0", "::"}),
-        ("::1", {"::1"}),
-        ("[::1]", {"::1"}),
-    ],
-)
-def test_host_means_what_its_user_expects(host: str, addresses: set[str]) -> None:
-    if not _has_ipv6():
-        addresses = {address for address in addresses if ":" not in address}
-        if not addresses:
-            with pytest.raises(StartError, match="no address of this machine"):
-                supervisor.listen(host, 0, 1, 16)
-            return
-    with _listening(host) as bound:
-        assert {name for name, _ in bound} == addresses
-        assert len({port for _, port in bound}) == 1, "all families have the same port"
-
-
-def test_slots_share_the_port() -> None:
-    rows = supervisor.listen("127.0.0.1", 0, 3, 16)
-    try:
-        assert len(rows) == 3
-        assert len({listener.getsockname() for row in rows for listener in row}) == 1
-    finally:
-        supervisor._close(rows)
-
-
-@pytest.mark.parametrize("other", ["0.0.0.0", "127.0.0.1"])
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "*", "0.0.0.0"])
-def test_port_that_another_listener_of_ours_would_share_is_refused(host: str, other: str) -> None:
-    with _listening(other) as [(_, port)], pytest.raises(StartError, match=f"{port} is in use.*--port"):
-        supervisor.listen(host, port, 1, 16)
-
-
-def test_refusal_leaves_nothing_open() -> None:
-    before = _descriptors(os.getpid())
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(StartError):
-        supervisor.listen("*", taken.getsockname()[1], 2, 16)
-    assert _descriptors(os.getpid()) == before
-
-
-def test_port_whose_last_connection_has_just_ended_is_free() -> None:
-    with _listening("127.0.0.1") as [(name, port)]:
-        client = socket.create_connection((name, port))
-    client.close()
-    with _listening("127.0.0.1", port) as [(_, again)]:
-        assert again == port
-
-
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "a" * 300, "256.1.1.1", "192.0.2.1", "a..b"])
-def test_host_that_is_not_here_is_refused_in_one_line(host: str) -> None:
-    with pytest.raises(StartError, match="--host") as refused:
-        supervisor.listen(host, 0, 1, 16)
-    assert len(str(refused.value).splitlines()) == 1
-
-
-def test_machine_without_ipv6_serves_ipv4(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    real = socket.socket
-
-    def without_ipv6(family: int, *rest: int) -> socket.socket:
-        if family == socket.AF_INET6:
-            raise OSError(97, "Address family not supported by protocol")
-        return real(family, *rest)
-
-    monkeypatch.setattr(socket, "socket", without_ipv6)
-    with _listening("localhost") as bound:
-        assert [name for name, _ in bound] == ["127.0.0.1"]
-    assert "address_skipped address=::1" in capsys.readouterr().err
-
-
-def test_port_of_the_administrator_is_refused_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forbidden(*_: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(socket.socket, "bind", forbidden)
-    with pytest.raises(StartError, match=r"127\.0\.0\.1:80 is not permitted.*--port"):
-        supervisor.listen("127.0.0.1", 80, 1, 16)
+# ---- who may use it
 
 
 @pytest.mark.parametrize(("host", "is_open"), [("127.0.0.1", False), ("0.0.0.0", True)])
