@@ -530,16 +530,16 @@ class Room(AsyncIterator[Event]):
             raise RuntimeError("a room is entered once: connect again")
         self._task = asyncio.get_running_loop().create_task(self._live(), name=f"fastsig {self._settings.name!r}")
         try:
-            async with asyncio.timeout(self._settings.open_timeout_s):
-                await self._joined.wait()
-        except TimeoutError:
-            await self.aclose()
-            raise self._trouble or UnreachableError("timed_out", "There was no answer.", retry=True) from None
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.open_timeout_s):
+                    await self._joined.wait()
+            if self._over is not None:
+                raise self._over
+            if not self._joined.is_set():
+                raise self._trouble or UnreachableError("timed_out", "There was no answer.", retry=True)
         except BaseException:
             await self.aclose()
             raise
-        if self._over is not None:
-            raise self._over
         return self
 
     async def __aexit__(

@@ -143,6 +143,7 @@ async def test_death_of_workers_is_survived_and_everybody_is_in_the_room_again(s
         for name in rooms:
             a = await stack.enter_async_context(fastsig.connect(server.url, name, meta=name, **QUICK))
             b = await stack.enter_async_context(fastsig.connect(server.url, name, id="b", **QUICK))
+            await until(lambda a=a: bool(a.peers), "not together")  # type: ignore[misc]
             pairs.append((a, b, a.id, a.n, b.n))
         for pid in children(server.process.pid):
             os.kill(pid, signal.SIGKILL)
@@ -278,7 +279,9 @@ class Script:
 
     @contextlib.asynccontextmanager
     async def serving(self) -> AsyncIterator["Script"]:
-        async with listen(self._handle, "127.0.0.1", 0, process_request=self._process, compression=None) as server:
+        async with listen(
+            self._handle, "127.0.0.1", 0, process_request=self._process, compression=None, close_timeout=0.2
+        ) as server:
             self.url = f"ws://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}/ws"
             yield self
 
@@ -568,9 +571,20 @@ async def test_server_that_grants_no_acks_is_not_used_with_them() -> None:
 
 @on_both_loops
 async def test_messages_of_many_tasks_keep_the_order_of_their_calls_over_a_lost_connection() -> None:
-    async with Script(end(None), roster()).serving() as script, fastsig.connect(script.url, "r", **QUICK) as room:
-        await until(lambda: room._link is None, "the end was not noticed")
-        await asyncio.gather(*(room.broadcast("x-note", number) for number in range(50)))
+    asked, may_join = asyncio.Event(), asyncio.Event()
+
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        asked.set()
+        await may_join.wait()
+        await welcome(script, connection, join)
+
+    async with Script(end(None), say).serving() as script, fastsig.connect(script.url, "r", **QUICK) as room:
+        await asked.wait()
+        calls = [asyncio.ensure_future(room.broadcast("x-note", number)) for number in range(50)]
+        await until(lambda: room._turn.locked(), "nobody waits")
+        assert not script.heard
+        may_join.set()
+        await asyncio.gather(*calls)
         await until(lambda: len(script.heard) == 50, "not all came")
         assert [message["payload"] for message in script.heard] == list(range(50))
 
