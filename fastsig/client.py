@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from types import MappingProxyType, TracebackType
 from typing import Any, Final, NamedTuple, Self, TypeAlias
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
@@ -285,12 +285,12 @@ def closed(code: int | None) -> ClosedError:
 def place(url: str, room: str) -> str:
     """The URL with the room in its query, where the server finds it before the handshake. Raises ValueError."""
     parts = urlsplit(url)
-    if parts.scheme not in {"ws", "wss"} or not parts.hostname or parts.fragment:
+    if parts.scheme not in {"ws", "wss"} or not parts.hostname or parts.fragment or parts.port == 0:
         raise ValueError("the URL must be ws://host… or wss://host…, without a fragment")
+    host = parts.netloc if parts.netloc.isascii() else parts.netloc.encode("idna").decode("ascii")
     query = [(name, value) for name, value in parse_qsl(parts.query, keep_blank_values=True) if name != "room"]
-    # The server decodes per cent, not the plus of forms.
-    encoded = urlencode([*query, ("room", room)]).replace("+", "%20")
-    return urlunsplit((parts.scheme, parts.netloc, parts.path or "/", encoded, ""))
+    encoded = urlencode([*query, ("room", room)], quote_via=quote, safe="")  # %20: the server takes + for itself
+    return urlunsplit((parts.scheme, host, quote(parts.path, safe="/%:@!$&'()*+,;=~") or "/", encoded, ""))
 
 
 def refusal(status: int, retry_after: str | None, body: bytes | None) -> UnreachableError:
@@ -306,11 +306,16 @@ def refusal(status: int, retry_after: str | None, body: bytes | None) -> Unreach
 
 
 class _Link(WSListener):
-    """One connection. `ended` gets its close code, or None; `departure`, `entered` what the room hears on it."""
+    """One connection. `ended` gets its close code, or None; `departure`, `entered` what the room hears on it.
 
-    def __init__(self, hear: "Callable[[_Link, Heard], None]") -> None:
+    `lose` is called, at once and maybe more than once, when nothing can be written any more.
+    """
+
+    def __init__(self, hear: "Callable[[_Link, Heard], None]", lose: "Callable[[_Link], None]") -> None:
         loop = asyncio.get_running_loop()
         self._hear = hear
+        self._lose = lose
+        self._is_paused = False
         self._transport: WSTransport | None = None
         self._fragments: list[bytes] = []
         self._code: int | None = None
@@ -355,18 +360,20 @@ class _Link(WSListener):
         self._transport.send(WSMsgType.TEXT, text)
 
     def close(self, code: WSCloseCode) -> None:
-        """The server closes in its turn."""
+        """The server closes in its turn; what it says until then is read and forgotten."""
+        self._lose(self)
         if self._transport is not None and not self._transport.is_close_frame_sent:
             self._transport.send_close(code)
+        self.resume()
 
     async def closed(self) -> None:
         """Until it has ended; by force when the server takes too long."""
         if self._transport is None:
             return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CLOSE_S):
-                await asyncio.shield(self.ended)
-        self.abort()
+        try:
+            await asyncio.wait({self.ended}, timeout=CLOSE_S)
+        finally:
+            self.abort()
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -374,10 +381,12 @@ class _Link(WSListener):
 
     def pause(self) -> None:
         if self._transport is not None and not self._transport.is_disconnected:
+            self._is_paused = True
             self._transport.underlying_transport.pause_reading()
 
     def resume(self) -> None:
-        if self._transport is not None and not self._transport.is_disconnected:
+        if self._is_paused and self._transport is not None and not self._transport.is_disconnected:
+            self._is_paused = False
             self._transport.underlying_transport.resume_reading()
 
     # ---- called by picows
@@ -393,6 +402,7 @@ class _Link(WSListener):
             if not transport.is_close_frame_sent:
                 transport.send(WSMsgType.CLOSE, payload[:2])
             transport.disconnect()
+            self._lose(self)
         elif frame.msg_type in (WSMsgType.TEXT, WSMsgType.CONTINUATION) and not transport.is_close_frame_sent:
             self._fragments.append(frame.get_payload_as_bytes())
             if frame.fin:
@@ -411,6 +421,7 @@ class _Link(WSListener):
                 self._hear(self, heard)
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
+        self._lose(self)
         if not self.ended.done():
             self.ended.set_result(self._code)
         self.writable.set()  # who waits sees that it has ended
@@ -474,6 +485,7 @@ class Room(AsyncIterator[Event]):
         self._has_space = asyncio.Event()  # for events
         self._has_space.set()
         self._link: _Link | None = None
+        self._was_joined = False
         self._joined = asyncio.Event()  # `_link` is in the room, or it is over
         self._turn = asyncio.Lock()  # messages go out in the order of their calls
         self._acks: dict[str, asyncio.Future[int] | None] = {}  # None: not sent yet
@@ -533,10 +545,8 @@ class Room(AsyncIterator[Event]):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._settings.open_timeout_s):
                     await self._joined.wait()
-            if self._over is not None:
-                raise self._over
-            if not self._joined.is_set():
-                raise self._trouble or UnreachableError("timed_out", "There was no answer.", retry=True)
+            if not self._was_joined:  # if it was, and has ended since, the iteration says so
+                raise self._over or self._trouble or UnreachableError("timed_out", "There was no answer.", retry=True)
         except BaseException:
             await self.aclose()
             raise
@@ -601,9 +611,10 @@ class Room(AsyncIterator[Event]):
                 if self._over is not None:
                     raise self._over
                 link = self._link
-                assert link is not None
+                if link is None:  # lost again before we were woken
+                    continue
                 await link.writable.wait()
-                if link is self._link and not link.ended.done():
+                if link is self._link:
                     link.write(text)
                     return
 
@@ -656,7 +667,8 @@ class Room(AsyncIterator[Event]):
         if link.entered.done():
             return
         link.entered.set_result(None)
-        is_first, before = self._n == 0, dict(self._peers)
+        is_first, self._was_joined = not self._was_joined, True
+        before = dict(self._peers)
         self._id, self._n = entered.sender, entered.n
         self._peers.clear()
         self._peers.update(entered.peers)
@@ -679,12 +691,12 @@ class Room(AsyncIterator[Event]):
     def _end(self, reason: ClientError) -> None:
         if self._over is None:
             self._over = reason
-            self._lose()
             self._joined.set()
             self._news.set()
 
-    def _lose(self) -> None:
-        """There is no connection any more."""
+    def _lose(self, link: _Link) -> None:
+        if link is not self._link:
+            return
         self._link = None
         self._joined.clear()
         lost = "The connection was lost before the message was acknowledged."
@@ -727,7 +739,7 @@ class Room(AsyncIterator[Event]):
     async def _one(self) -> float | None:
         """One connection, to its end. Seconds to wait as the server asked for, else None. Raises ClientError."""
         token = await self._settings.token() if callable(self._settings.token) else self._settings.token
-        link = _Link(self._hear)
+        link = _Link(self._hear, self._lose)
         try:
             try:
                 async with asyncio.timeout(ATTEMPT_S):
@@ -741,8 +753,6 @@ class Room(AsyncIterator[Event]):
                 raise RefusedError(trouble.code, CATALOGUE[trouble.code].sentence, retry=True) from trouble
             raise
         finally:
-            if link is self._link:
-                self._lose()
             link.close(WSCloseCode.OK)
             await link.closed()
 

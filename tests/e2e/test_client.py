@@ -242,6 +242,19 @@ async def test_reader_that_is_late_holds_few_events_and_loses_none(server: Serve
 
 
 @on_both_loops
+async def test_reader_that_is_late_leaves_without_delay(server: Server, room: str) -> None:
+    async with fastsig.connect(server.url, room) as b:
+        async with fastsig.connect(server.url, room, max_events=2) as late:
+            await b.broadcast("x-note")
+            await b.broadcast("x-note")
+            await until(lambda: not late._has_space.is_set(), "reading goes on")
+            began = time.monotonic()
+        assert time.monotonic() - began < fastsig_client.CLOSE_S / 2
+        assert len([event async for event in late]) == 2
+        assert (await next_of(b, fastsig.PeerLeft)).reason == "left"
+
+
+@on_both_loops
 async def test_cancelled_user_leaves_the_room(server: Server, room: str) -> None:
     entered = asyncio.Event()
 
@@ -581,12 +594,47 @@ async def test_messages_of_many_tasks_keep_the_order_of_their_calls_over_a_lost_
     async with Script(end(None), say).serving() as script, fastsig.connect(script.url, "r", **QUICK) as room:
         await asked.wait()
         calls = [asyncio.ensure_future(room.broadcast("x-note", number)) for number in range(50)]
-        await until(lambda: room._turn.locked(), "nobody waits")
+        await until(room._turn.locked, "nobody waits")
         assert not script.heard
         may_join.set()
         await asyncio.gather(*calls)
         await until(lambda: len(script.heard) == 50, "not all came")
         assert [message["payload"] for message in script.heard] == list(range(50))
+
+
+@on_both_loops
+async def test_sender_that_never_rests_is_not_caught_in_a_connection_that_ends() -> None:
+    codes = (4000, None, 1012, 4001) * 5
+    async with (
+        Script(*(end(code) for code in codes), roster()).serving() as script,
+        fastsig.connect(script.url, "r", backoff=(0.0, 0.0)) as room,
+    ):
+        while len(script.joins) <= len(codes):
+            await room.broadcast("x-note")
+            await asyncio.sleep(0)
+        await room.broadcast("x-last")
+        await until(lambda: [message["type"] for message in script.heard[-1:]] == ["x-last"], "the last is lost")
+
+
+@on_both_loops
+async def test_message_of_after_our_close_waits_for_the_next_connection() -> None:
+    """The server takes its time to close in its turn."""
+
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        await go_away("reconnect", 0, 0)(script, connection, join)
+        connection.transport.pause_reading()
+        await until(lambda: rooms[0]._link is None, "it does not go")
+        sending.append(asyncio.ensure_future(rooms[0].broadcast("x-note", 1)))
+        connection.transport.resume_reading()
+
+    rooms: list[fastsig.Room] = []
+    sending: list[asyncio.Future[Any]] = []
+    async with Script(say, roster()).serving() as script:
+        rooms.append(fastsig.connect(script.url, "r", **QUICK))
+        async with rooms[0] as room:
+            await next_of(room, fastsig.Rejoined)
+            assert await sending[0] is None
+            await until(lambda: [message["payload"] for message in script.heard] == [1], "it is lost")
 
 
 # ---- what the pages show

@@ -88,6 +88,8 @@ def test_every_close_code_of_the_server_has_its_name_in_the_exception() -> None:
         ("wss://host:99/a/b?x=1&y=", "r", "wss://host:99/a/b?x=1&y=&room=r"),
         ("ws://host/ws?room=old&x=%26", "new", "ws://host/ws?x=%26&room=new"),
         ("ws://host", "a b+c&d=é%/", "ws://host/?room=a%20b%2Bc%26d%3D%C3%A9%25%2F"),
+        ("ws://bücher.example:81/ä%20b", "r", "ws://xn--bcher-kva.example:81/%C3%A4%20b?room=r"),
+        ("ws://[::1]:81/ws", "r", "ws://[::1]:81/ws?room=r"),
     ],
 )
 def test_room_is_named_in_the_url(url: str, room: str, expected: str) -> None:
@@ -101,10 +103,12 @@ def test_server_finds_in_the_url_the_room_that_was_meant(room: str) -> None:
     assert room_in(place("ws://host/ws?x=1", room).partition("?")[2]) == room
 
 
-@pytest.mark.parametrize("url", ["", "host/ws", "http://host/ws", "ws:///ws", "ws://host/ws#part"])
+@pytest.mark.parametrize("url", ["", "host/ws", "http://host/ws", "ws:///ws", "ws://host/ws#part", "ws://host:0/ws"])
 def test_url_that_is_none_is_refused_at_once(url: str) -> None:
     with pytest.raises(ValueError, match="URL must be"):
         client.connect(url, "r")
+    with pytest.raises(ValueError, match="Port"):
+        client.connect("ws://host:99999/ws", "r")
 
 
 # ---- what a frame says
@@ -212,7 +216,7 @@ async def test_events_beyond_the_limit_stop_the_reading_until_half_are_taken() -
 
     room = client.connect("ws://host/ws", "r", max_events=4)
     room._task = asyncio.get_running_loop().create_task(asyncio.sleep(3600))  # entered, as it were
-    link = Link(room._hear)
+    link = Link(room._hear, room._lose)
     link.calls = []
     link._receive(b'{"type":"joined","sender":"me","payload":{"n":1,"peers":[]}}')
     for number in range(7):  # what one read brought comes whole
