@@ -5,8 +5,8 @@ before the server does. So Locust keeps what it is good at (counts of users, tab
 its greenlets are parked; all that moves is on this loop. This module knows no gevent, no Locust and nothing of what
 users do: the function that starts a thread is given to it.
 
-What crosses the threads: calls in, by `post`; batches of `Result` out, by `take`, ten times a second. Everything else is
-touched by the loop's thread only. Read `users` next.
+What crosses the threads: calls in, by `post`; batches of `Result` out, by `take`, ten times a second. Everything else
+is touched by the loop's thread only. Read `users` next.
 """
 
 import asyncio

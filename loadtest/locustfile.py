@@ -20,14 +20,14 @@ from typing import Any, ClassVar, Final
 import gevent
 from gevent import monkey
 from gevent.event import Event
-from locust import User, events
+from locust import User, constant, events, task
 from locust.env import Environment
 from locust.runners import MasterRunner, WorkerRunner
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `locust` itself knows only this file's folder
 
-from loadtest.engine import BATCH_S, END_S, Engine  # noqa: E402
-from loadtest.users import KINDS, Peer, Plan, Scene  # noqa: E402
+from loadtest.engine import BATCH_S, END_S, Engine
+from loadtest.users import KINDS, Plan, Scene
 
 DEFAULTS: Final = Plan(url="")
 _log: Final = logging.getLogger("fastsig.loadtest")
@@ -94,21 +94,29 @@ def report(environment: Environment, engine: Engine) -> None:
         )  # fmt: skip
 
 
-class Connection(User):  # type: ignore[misc] # locust's own bases are untyped in part
-    """A parked greenlet that stands for one connection."""
+class Connection(User):
+    """A parked greenlet that stands for one connection. One task, which lasts until Locust stops the user."""
 
     abstract = True
+    wait_time = constant(0)
     kind: ClassVar[str]
 
-    def run(self) -> None:
-        """Until it is killed, which is how Locust stops a user that runs no task."""
+    def on_start(self) -> None:
         scene = _load.start(self.environment)
-        peer: Peer = KINDS[self.kind](scene)
-        scene.engine.post(peer.start)
-        try:
-            Event().wait()
-        finally:
-            scene.engine.post(peer.stop)
+        self._is_over = Event()
+        self._peer = KINDS[self.kind](scene)
+        scene.engine.post(self._peer.start)
+
+    @task
+    def stay(self) -> None:
+        self._is_over.wait()
+
+    def stop(self, force: bool = False) -> bool:  # noqa: FBT001, FBT002 # the signature is Locust's
+        self._is_over.set()
+        return bool(super().stop(force))
+
+    def on_stop(self) -> None:
+        self._peer.engine.post(self._peer.stop)
 
 
 class CallerUser(Connection):

@@ -50,8 +50,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="of the server (default %(default)s)")
     parser.add_argument("--html", type=Path, default=Path("build/loadtest.html"), help="(default %(default)s)")
     known, options = parser.parse_known_args()
-    with serving(known.workers) if not known.url else contextlib.nullcontext() as server:
-        url = known.url or server.url
+    with contextlib.ExitStack() as stack:
+        url = known.url or stack.enter_context(serving(known.workers)).url
         code = locust(url, users=known.users, seconds=known.seconds, html=known.html, options=options)
     print(f"fastsig: the report is {known.html}")
     return code

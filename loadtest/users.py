@@ -22,12 +22,12 @@ from typing import Any, ClassVar, Final
 from urllib.parse import quote
 
 import msgspec
-from picows import WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
+from picows import WSCloseCode, WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
 
 from .engine import Engine, Result
 
 SDP: Final = "a=rtpmap:111 opus/48000/2\r\na=fmtp:111 minptime=10;useinbandfec=1\r\na=rtcp-fb:96 nack pli\r\n" * 400
-CANDIDATE: Final = "candidate:842163049 1 udp 1677729535 203.0.113.7 46154 typ srflx raddr 192.168.1.23 rport 46154 " * 3
+CANDIDATE: Final = "candidate:842163049 1 udp 1677729535 203.0.113.7 46154 typ srflx raddr 192.168.1.23 rport 4615 " * 3
 CLOSING_S: Final = 5.0  # for the server's half of a closing handshake
 BACK_OFF_S: Final = (0.5, 10.0)  # doubling, with full jitter
 
@@ -68,7 +68,7 @@ class Said(msgspec.Struct):
     t: float = 0.0
     k: int = 0
     held_s: float = 0.0
-    peers: list[Named] = []  # noqa: RUF012 # msgspec copies an empty list
+    peers: list[Named] = []  # msgspec copies an empty list
     delay_ms: tuple[int, int] = (0, 0)
 
 
@@ -85,7 +85,7 @@ class Heard(msgspec.Struct):
 _decode: Final = msgspec.json.Decoder(Heard).decode
 
 
-class Line(WSListener):  # type: ignore[misc] # picows' stub leaves its base untyped
+class Line(WSListener):
     """One connection of one user. `waiting`: what was asked and not answered yet, {id: (row of the table, since)}."""
 
     def __init__(self, peer: "Peer") -> None:
@@ -106,7 +106,7 @@ class Line(WSListener):  # type: ignore[misc] # picows' stub leaves its base unt
         """The handshake of RFC 6455 with 1000: the server takes it for leaving."""
         self.is_closing = True
         if self.transport is not None:
-            self.transport.send_close(1000)  # type: ignore[arg-type] # an int is as good as its enumeration
+            self.transport.send_close(WSCloseCode.OK)
             self.peer.engine.loop.call_later(CLOSING_S, self.drop)
 
     def drop(self) -> None:
@@ -120,7 +120,7 @@ class Line(WSListener):  # type: ignore[misc] # picows' stub leaves its base unt
         self.peer.on_open(self)
 
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
-        if frame.msg_type is WSMsgType.TEXT or frame.msg_type == WSMsgType.TEXT:
+        if frame.msg_type == WSMsgType.TEXT:
             self.peer.engine.received += 1
             if self.peer.line is self:
                 text = frame.get_payload_as_bytes()
@@ -129,8 +129,10 @@ class Line(WSListener):  # type: ignore[misc] # picows' stub leaves its base unt
                 except Exception as bug:  # noqa: BLE001 # a bug of ours, or a message we cannot read, must show
                     self.peer.fail("message", f"{type(bug).__name__}: {bug}")
         elif frame.msg_type == WSMsgType.CLOSE:
-            self.close_code = int(frame.get_close_code() or 1005)  # type: ignore[call-overload]
-            transport.send_close(frame.get_close_code())
+            # Not `get_close_code`: its enumeration has only the codes of RFC 6455.
+            self.close_code = int.from_bytes(frame.get_payload_as_bytes()[:2], "big") or 1005
+            if not transport.is_close_frame_sent:
+                transport.send_close(WSCloseCode.OK)
             transport.disconnect()
 
     def on_ws_disconnected(self, transport: WSTransport) -> None:
@@ -237,7 +239,8 @@ class Peer:
     # ---- life
 
     def start(self) -> None:
-        self.enter()
+        """At some time of the next second: Locust starts users once a second, all at the same moment."""
+        self.after(self.chance.random(), self.enter)
 
     def stop(self) -> None:
         """For good; the closing handshake goes on."""
@@ -271,7 +274,7 @@ class Peer:
                 self.come_back()
         else:
             if line.is_closing:  # stopped while it was connecting
-                transport.send_close(1000)  # type: ignore[arg-type]
+                transport.send_close(WSCloseCode.OK)
 
     def on_open(self, line: Line) -> None:
         if self.line is not line:
