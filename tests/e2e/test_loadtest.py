@@ -1,13 +1,19 @@
 """The load test itself: it reports what its users do, and it fails when the server does (`make loadtest`, shorter)."""
 
+import asyncio
+import contextlib
 import csv
+import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.asyncio.server import ServerConnection, serve as serve_websocket
+from websockets.exceptions import ConnectionClosed
 
 from loadtest.run import LOCUSTFILE
 
@@ -16,7 +22,10 @@ from .conftest import Server
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 6
 END_S = 30.0  # for Locust to start, to stop and to write its report
-BRISK = "--hold 1 --think 0.2 --stay 2 --storm-every 2 --storm-spread 0.5 --ping-every 1 --viewer-rate 1".split()
+BRISK = (
+    *("--hold", "1", "--think", "0.2", "--stay", "2", "--ping-every", "1", "--viewer-rate", "1"),
+    *("--storm-every", "2", "--storm-spread", "0.5"),
+)
 ROWS = {
     "caller": {"connect", "time to joined", "offer to answer", "relay delay", "ping", "left"},
     "viewer": {"connect", "time to joined", "fan-out delay", "ping", "left"},
@@ -35,7 +44,7 @@ class Outcome(NamedTuple):
     rows: dict[tuple[str, str], dict[str, str]]
     errors: dict[str, int]
 
-    def count(self, kind: str, name: str) -> int:
+    def results(self, kind: str, name: str) -> int:
         return int(self.rows[kind, name]["Request Count"])
 
     def percentile(self, kind: str, name: str, which: str) -> float:
@@ -64,6 +73,31 @@ def _run(url: str, folder: Path, *options: str, users: int = 60, seconds: float 
     return Outcome(done.returncode, done.stderr, {(row["Type"], row["Name"]): row for row in stats}, failures)
 
 
+@contextlib.asynccontextmanager
+async def _forgetful(server: Server, is_kept: Callable[[dict[str, Any]], bool]) -> AsyncIterator[str]:
+    """The URL of a proxy before that server, which forgets what is not kept of what the server says."""
+
+    async def forward(source: ClientConnection, sink: ServerConnection) -> None:
+        with contextlib.suppress(ConnectionClosed):
+            async for text in source:
+                if is_kept(json.loads(text)):
+                    await sink.send(text)
+        await sink.close()
+
+    async def handle(client: ServerConnection) -> None:
+        assert client.request is not None
+        at = f"ws://127.0.0.1:{server.port}{client.request.path}"
+        async with connect(at, proxy=None, compression=None) as behind:
+            forwarding = asyncio.ensure_future(forward(behind, client))
+            with contextlib.suppress(ConnectionClosed):
+                async for text in client:
+                    await behind.send(text)
+        await forwarding
+
+    async with serve_websocket(handle, "127.0.0.1", 0, compression=None) as proxy:
+        yield f"ws://127.0.0.1:{next(iter(proxy.sockets)).getsockname()[1]}/ws"
+
+
 def test_all_kinds_of_users_are_in_the_tables_without_errors(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve("--workers", "2")
     outcome = _run(server.url, tmp_path, *BRISK)
@@ -73,9 +107,9 @@ def test_all_kinds_of_users_are_in_the_tables_without_errors(serve: Callable[...
     for kind, name in outcome.rows:
         seen.setdefault(kind, set()).add(name)
     assert seen == ROWS
-    assert outcome.count("caller", "offer to answer") > 10, "calls follow each other"
-    assert outcome.count("reloader", "time to joined") >= 2 * 6, "every reloader has been through a storm"
-    assert outcome.count("viewer", "fan-out delay") > 10 * SECONDS, "eighteen viewers, of whom each says something"
+    assert outcome.results("caller", "offer to answer") > 10, "calls follow each other"
+    assert outcome.results("reloader", "time to joined") >= 2 * 6, "every reloader has been through a storm"
+    assert outcome.results("viewer", "fan-out delay") > 10 * SECONDS, "eighteen viewers, of whom each says something"
     assert 0 <= outcome.percentile("caller", "offer to answer", "50%") < 150, "the partner's thinking is not in it"
     assert " 0 errors in " in outcome.log and "messages/s in one process" in outcome.log
     assert "offer to answer" in (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -102,7 +136,7 @@ def test_share_of_errors_that_is_allowed_is_an_option(serve: Callable[..., Serve
 def test_connections_that_the_server_closes_are_errors_with_their_code(
     serve: Callable[..., Server], tmp_path: Path
 ) -> None:
-    """No message of a caller is shorter than its first offer, which may have 1,024 bytes here."""
+    """Most offers are longer than 1 KiB."""
     server = serve("--limits.message-bytes", "1024", "--limits.meta-bytes", "512")
     outcome = _run(server.url, tmp_path, *BRISK, "--viewers", "0", "--reloaders", "0", seconds=3)
     assert outcome.code == 1, outcome.log
@@ -123,4 +157,37 @@ def test_processes_add_up(serve: Callable[..., Server], tmp_path: Path) -> None:
     outcome = _run(server.url, tmp_path, *BRISK, "--processes", "2")
     assert outcome.code == 0, outcome.log
     assert "in 2 workers" in outcome.log and not outcome.errors
-    assert outcome.count("caller", "offer to answer") > 10
+    assert outcome.results("caller", "offer to answer") > 10
+
+
+async def test_message_that_does_not_come_is_lost(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """One in five of what peers say is forgotten on its way: directed messages by their count, copies one by one."""
+    server = serve()
+    heard = 0
+
+    def is_kept(message: dict[str, Any]) -> bool:
+        nonlocal heard
+        heard += message["type"] == "message"
+        return bool(message["type"] != "message" or heard % 5)
+
+    async with _forgetful(server, is_kept) as url:
+        options = [*BRISK, "--stay", "60", "--hold", "5", "--message-rate", "5", "--patience", "1.5"]
+        outcome = await asyncio.to_thread(_run, url, tmp_path, *options, "--reloaders", "0", users=30)
+    assert outcome.code == 1, outcome.log
+    assert set(outcome.errors) == {"LoadError('lost')"}
+    for kind, name in (("caller", "relay delay"), ("viewer", "fan-out delay")):
+        row = outcome.rows[kind, name]
+        assert 0.05 < int(row["Failure Count"]) / int(row["Request Count"]) < 0.35, row
+
+
+@pytest.mark.parametrize(("answer", "row"), [("answer", "offer to answer"), ("pong", "ping")])
+async def test_answer_that_does_not_come_is_a_timeout(
+    answer: str, row: str, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve()
+    async with _forgetful(server, lambda message: bool(message["type"] != answer)) as url:
+        options = [*BRISK, "--hold", "10", "--patience", "1", "--viewers", "0", "--reloaders", "0"]
+        outcome = await asyncio.to_thread(_run, url, tmp_path, *options, users=20, seconds=4)
+    assert outcome.code == 1, outcome.log
+    assert int(outcome.rows["caller", row]["Failure Count"]) > 0
+    assert "LoadError('timeout')" in outcome.errors
