@@ -15,11 +15,12 @@ import itertools
 import logging
 import math
 import random
+import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import msgspec
 from picows import WSCloseCode, WSError, WSFrame, WSListener, WSMsgType, WSTransport, ws_connect
@@ -153,6 +154,8 @@ class Scene:
         self.numbers: Final = itertools.count(1)
         self._rooms: Final[dict[str, list[BigRoom]]] = {}
         self._storms_since: float | None = None
+        # One for all: to read the system's certificates takes longer than a handshake.
+        self.tls: Final = ssl.create_default_context() if urlsplit(plan.url).scheme == "wss" else None
 
     def meet(self, caller: "Caller") -> "Call":
         """The call that somebody waits in, or a new one to wait in."""
@@ -264,8 +267,8 @@ class Peer:
         try:
             async with asyncio.timeout(self.plan.patience_s):
                 transport, _ = await ws_connect(
-                    lambda: line, url, max_redirects=0, use_aiofastnet=False, read_buffer_init_size=4096,
-                    websocket_handshake_timeout=self.plan.patience_s, logger_name=_quiet,
+                    lambda: line, url, ssl_context=self.scene.tls, max_redirects=0, use_aiofastnet=False,
+                    read_buffer_init_size=4096, websocket_handshake_timeout=self.plan.patience_s, logger_name=_quiet,
                 )  # fmt: skip
         except (OSError, WSError) as reason:  # TimeoutError is an OSError
             if self.line is line:
