@@ -13,7 +13,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench faults annotate coverage wheel clean force
+.PHONY: help run test lint build bench faults loadtest annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench: build $(VENV)/.dev ## ten seconds of ping-pong and fan-out against a serv
 
 faults: build $(VENV)/.dev ## kill, stop and drain servers under load, for minutes (ARGS="kill --workers 4 --rounds 20")
 	@$(RUN) -m loadtest.faults $(ARGS)
+
+loadtest: build $(VENV)/.dev ## SECONDS=60 of Locust against a server of its own, or URL=ws://host/ws (ARGS="--users 3000")
+	@$(RUN) -m loadtest.run --seconds $(or $(SECONDS),60) $(if $(URL),--url $(URL)) $(ARGS)
 
 annotate: build ## write the page that shows what each line of the relay costs
 	@FASTSIG_ANNOTATE=1 $(RUN) setup.py --quiet build_ext --build-lib build/annotate --build-temp build/annotate
