@@ -16,7 +16,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 .PHONY: help run test lint build bench faults annotate coverage wheel clean force
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: build ## build, then serve on port 8080 (ARGS="--port 9000" for options)
 	@exec $(VENV)/bin/fastsig serve $(ARGS)
@@ -43,6 +43,13 @@ bench: build $(VENV)/.dev ## ten seconds of ping-pong and fan-out against a serv
 
 faults: build $(VENV)/.dev ## kill, stop and drain servers under load, for minutes (ARGS="kill --workers 4 --rounds 20")
 	@$(RUN) -m loadtest.faults $(ARGS)
+
+.PHONY: guard guard-baseline soak
+guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; fails if they are 3 % more than the baseline's
+	@$(RUN) -m loadtest.guard $(ARGS)
+
+guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, for this compiler and these versions
+	@$(RUN) -m loadtest.guard --save $(ARGS)
 
 annotate: build ## write the page that shows what each line of the relay costs
 	@FASTSIG_ANNOTATE=1 $(RUN) setup.py --quiet build_ext --build-lib build/annotate --build-temp build/annotate
