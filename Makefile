@@ -1,6 +1,7 @@
 # `make help` lists the targets. Everything is made in .venv and build/; nothing is installed elsewhere.
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 30
 TESTS ?= tests/test_layers.py tests/unit tests/e2e
 VENV := .venv
 PIP := $(VENV)/bin/pip -qq --disable-pip-version-check
@@ -50,6 +51,9 @@ guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; 
 
 guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, for this compiler and these versions
 	@$(RUN) -m loadtest.guard --save $(ARGS)
+
+soak: build $(VENV)/.dev ## load and faults for MINUTES=30: does anything grow? The plot: build/soak.svg
+	@$(RUN) -m loadtest.soak --minutes $(MINUTES)
 
 annotate: build ## write the page that shows what each line of the relay costs
 	@FASTSIG_ANNOTATE=1 $(RUN) setup.py --quiet build_ext --build-lib build/annotate --build-temp build/annotate

@@ -5,9 +5,10 @@ leave out caches, branches and the kernel; but they are the same every time, so 
 at once, on a busy machine too. `make bench` has the time.
 
 Of each scenario (`scenarios`) two numbers are held to the baseline: the instructions in our compiled relay, and those
-in all, with the interpreter that runs `hub` and with picows. More than TOLERANCE more of one is a failure, which names the
-functions that grew. What the relay executes depends on the compiler, what all does on many more: a baseline says what
-it was made with, and where none was made with the same, the nearest one is shown and nothing fails.
+in all, with the interpreter that runs `hub` and with picows. More than TOLERANCE more of one is a failure, which names
+the functions that grew. The first depends on the compiler only and is the same to the instruction; the second also on
+where the allocator puts things, so that a change anywhere may move it by one or two percent. A baseline says what it
+was made with; where none was made with the same, the nearest one is shown and nothing fails.
 
 Exit codes: 0 as fast as before, or not comparable; 1 slower; 3 it cannot be measured here.
 """
