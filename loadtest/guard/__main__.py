@@ -253,7 +253,7 @@ def _percent(old: int, new: int) -> str:
 # ---- the baseline
 
 
-def load(path: Path = BASELINE) -> list[dict[str, Any]]:
+def load(path: Path) -> list[dict[str, Any]]:
     """One entry for each machine that one was made on."""
     entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     return entries
@@ -290,7 +290,7 @@ def from_json(scenarios: Mapping[str, Any]) -> dict[str, Count]:
     }
 
 
-def save(counts: Mapping[str, Count], made: Mapping[str, str], path: Path = BASELINE) -> None:
+def save(counts: Mapping[str, Count], made: Mapping[str, str], path: Path) -> None:
     """In place of the one that was made with the same, or beside the others; a function a line."""
     entries = [entry for entry in load(path) if entry["made_with"] != made]
     entries.append({"made_with": dict(made), "scenarios": to_json(counts)})
@@ -327,8 +327,12 @@ def _show(counts: Mapping[str, Count], most: int) -> None:
             print(f"  {cost.exclusive:12,} itself {cost.inclusive:12,} with what it calls  {function}")
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure, then compare or save; the exit code."""
+def main(words: Sequence[str], baseline: Path = BASELINE) -> int:
+    """Measure, then compare or save, as the command line says; the exit code."""
+    parser = argparse.ArgumentParser(description="Count the instructions of the hot path, and compare.")
+    parser.add_argument("--save", action="store_true", help="write the baseline instead of comparing with it")
+    parser.add_argument("--functions", type=int, default=0, metavar="N", help="show the N most costly of each scenario")
+    arguments = parser.parse_args(words)
     try:
         counts = count(ROOT / "build" / "guard")
     except UnmeasurableError as error:
@@ -338,10 +342,10 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.functions:
         _show(counts, arguments.functions)
     if arguments.save:
-        save(counts, made)
-        print(f"fastsig: {BASELINE.relative_to(ROOT)} is as it is now: {'; '.join(made.values())}")
+        save(counts, made, baseline)
+        print(f"fastsig: {os.path.relpath(baseline)} is as it is now: {'; '.join(made.values())}")
         return 0
-    entries = load()
+    entries = load(baseline)
     if not entries:
         print("fastsig: there is no baseline: make guard-baseline", file=sys.stderr)
         return 3
@@ -357,9 +361,4 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(description="Count the instructions of the hot path, and compare.")
-    _parser.add_argument("--save", action="store_true", help="write the baseline instead of comparing with it")
-    _parser.add_argument(
-        "--functions", type=int, default=0, metavar="N", help="show the N most costly of each scenario"
-    )
-    sys.exit(main(_parser.parse_args()))
+    sys.exit(main(sys.argv[1:]))
