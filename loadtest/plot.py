@@ -1,6 +1,6 @@
 """Lines over time, as SVG: a few panels below each other with one time axis. What the soak needs, and no more.
 
-A panel begins at zero: growth is to be seen in its true proportion. Colours are those of
+A panel begins at zero, unless it says that it is about small changes of something large. Colours are those of
 Okabe and Ito, told apart by nearly everybody; each line is labelled at its end too.
 """
 
@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP = 70, 210, 78  # margins; on the right are the labels
 HEIGHT, GAP = 150, 46  # of a panel, and below it
 COLOURS: Final = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000")
 LABEL_STEP: Final = 16
-TITLE_MOST: Final = 110  # letters
+TEXT_MOST: Final = 125  # letters, below the title
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,23 @@ class Line:
 
 @dataclass(frozen=True)
 class Panel:
-    """Lines with one y axis, which has this unit."""
+    """Lines with one y axis, which has this unit, and begins at zero or is `zoomed` to what there is."""
 
     title: str
     unit: str
     lines: Sequence[Line]
+    is_zoomed: bool = False
 
 
-def ticks(most: float, about: int = 4) -> list[float]:
-    """Round numbers from 0 to the first that is not below `most`."""
-    if most <= 0:
-        return [0.0, 1.0]
-    rough = most / about
+def ticks(most: float, about: int = 4, least: float = 0.0) -> list[float]:
+    """Round numbers, from the last that is not above `least` to the first that is not below `most`."""
+    if most <= least:
+        most = least + 1.0
+    rough = (most - least) / about
     size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough)
-    return [step * number for number in range(math.ceil(most / step - 1e-9) + 1)]
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor >= rough * (1 - 1e-9))
+    first, last = math.floor(least / step + 1e-9), math.ceil(most / step - 1e-9)
+    return [step * number for number in range(first, last + 1)]
 
 
 def svg(title: str, subtitle: str, x_title: str, panels: Sequence[Panel], marks: Sequence[float], mark: str) -> str:
@@ -52,8 +54,8 @@ def svg(title: str, subtitle: str, x_title: str, panels: Sequence[Panel], marks:
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{height}" fill="white"/>',
-        _text(LEFT, 24, title[:TITLE_MOST], size=16, weight="bold"),
-        _text(LEFT, 44, subtitle, colour="#444"),
+        _text(LEFT, 24, title, size=16, weight="bold"),
+        _text(LEFT, 44, subtitle[:TEXT_MOST], colour="#444"),
     ]
     for number, panel in enumerate(panels):
         out += _panel(panel, TOP + number * (HEIGHT + GAP), end, marks, mark if number == 0 else "")
@@ -66,7 +68,8 @@ def _plot_width() -> int:
 
 
 def _panel(panel: Panel, top: float, end: float, marks: Sequence[float], mark: str) -> list[str]:
-    y_ticks = ticks(max((y for line in panel.lines for _, y in line.points), default=1.0))
+    values = [y for line in panel.lines for _, y in line.points] or [1.0]
+    y_ticks = ticks(max(values), least=min(values) if panel.is_zoomed else 0.0)
     x_ticks = [x for x in ticks(end, 8) if x <= end]
     bottom, right = top + HEIGHT, LEFT + _plot_width()
 
@@ -74,7 +77,7 @@ def _panel(panel: Panel, top: float, end: float, marks: Sequence[float], mark: s
         return LEFT + _plot_width() * x / end
 
     def at_y(y: float) -> float:
-        return bottom - HEIGHT * y / y_ticks[-1]
+        return bottom - HEIGHT * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
 
     out = [_text(LEFT, top - 8, f"{panel.title} ({panel.unit})", weight="bold")]
     for y in y_ticks:

@@ -88,6 +88,12 @@ def test_function_that_is_new_is_named_as_such() -> None:
     assert "fastsig/_relay:check +5,000 itself (new)" in failure
 
 
+def test_small_function_that_the_baseline_leaves_out_is_not_called_new() -> None:
+    now = with_more(FAN_OUT, 4_000)["broadcast"]
+    now = Count(now.relay, now.all + 100, now.functions | {"libc:small": Cost(100, 100)})
+    assert "libc:small" not in guard.growth(BEFORE["broadcast"], now, of_relay=False)
+
+
 def test_scenario_without_a_baseline_fails_and_one_that_is_gone_too() -> None:
     assert guard.compare({}, BEFORE) == ["broadcast: not in the baseline: make guard-baseline"]
     assert guard.compare(BEFORE, {}) == ["broadcast: in the baseline, but not measured"]

@@ -67,14 +67,18 @@ def test_too_few_samples_are_a_failure_and_no_verdict() -> None:
 def test_series_that_was_not_seen_is_a_failure() -> None:
     samples = seen(0)
     for sample in samples:
-        del sample.values["rooms"]
-    assert failures(samples) == ["rooms was seen only 0 times at rest"]
+        del sample.values["client tasks"]
+    assert failures(samples) == ["client tasks was seen only 0 times at rest"]
 
 
 def test_axis_is_of_round_numbers_up_to_the_first_above_all() -> None:
     assert ticks(43.7) == [0, 20, 40, 60]
     assert ticks(0.9, 2) == [0, 0.5, 1]
-    assert ticks(0) == [0, 1]
+    assert ticks(0) == pytest.approx([0, 0.5, 1])
+
+
+def test_axis_of_small_changes_begins_below_the_least() -> None:
+    assert ticks(39.2, least=35.7) == [35, 36, 37, 38, 39, 40]
 
 
 def test_picture_has_titles_units_and_a_label_for_each_line() -> None:
@@ -97,4 +101,4 @@ async def test_one_turn_of_all_faults_leaves_nothing_behind(monkeypatch: pytest.
     assert all(SERIES.keys() <= sample.values.keys() for sample in rest)
     assert {(sample.values["connections"], sample.values["members"]) for sample in rest} == {(42.0, 42.0)}
     assert this.lives > 4 and report.figures["messages delivered"] > 200
-    assert "a worker is killed" in soak.picture(report, this)
+    assert "worker 1 is killed" in soak.picture(report, this)
