@@ -372,6 +372,14 @@ async def one_round(soak: Soak, fault: Callable[[Soak], Awaitable[None]], rate: 
     soak.report.take(swarm)
 
 
+def progress(soak: Soak) -> str:
+    """One line after each round."""
+    last, fault = soak.samples[-1], soak.faults[-1][1]
+    memory = ", ".join(f"{last.values.get(f'memory slot {slot}', 0) / MIB:.1f}" for slot in (UNHURT, KILLED))
+    wrong = f", {len(soak.report.failures)} failures" if soak.report.failures else ""
+    return f"  {last.at_s / 60:5.1f} min  {fault:5}  workers {memory} MiB, {last.values['members']:.0f} members{wrong}"
+
+
 async def soak_for(
     minutes: float,
     *,
@@ -380,9 +388,12 @@ async def soak_for(
     viewers: int = 100,
     reloaders: int = 12,
     rate: float = 250.0,
-    is_judged: bool = True,
+    say: Callable[[str], object] = lambda line: None,
 ) -> tuple[Report, Soak]:
-    """Rounds until the time is over, each fault at least once; then all leave, and nothing may be left behind."""
+    """Rounds until the time is over, each fault at least once; then all leave, and nothing may be left behind.
+
+    Whether something has grown meanwhile is for `judge`. `say`: gets a line after each round.
+    """
     report = Report("soak", workers)
     async with _running(report) as server:
         before = await _descriptors_at_rest(server)
@@ -396,11 +407,10 @@ async def soak_for(
         while rounds < len(FAULTS) or time.monotonic() - soak.began < 60 * minutes:
             await one_round(soak, FAULTS[rounds % len(FAULTS)], rate, reloaders)
             rounds += 1
+            say(progress(soak))
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await watching
-        if is_judged:
-            judge(report, soak.samples, warm_up=len(FAULTS))
         last = soak.samples[-1].values
         await soak.swarm.close()
         await _is_empty_again(report, server, before)
@@ -466,7 +476,8 @@ def picture(report: Report, soak: Soak) -> str:
 
 def main(arguments: argparse.Namespace) -> int:
     """Run, print, write the plot and the samples; the exit code."""
-    report, soak = uvloop.run(soak_for(arguments.minutes, workers=2))
+    report, soak = uvloop.run(soak_for(arguments.minutes, say=lambda line: print(line, flush=True)))
+    judge(report, soak.samples, warm_up=len(FAULTS))
     folder = ROOT / "build"
     folder.mkdir(exist_ok=True)
     (folder / "soak.svg").write_text(picture(report, soak), encoding="utf-8")

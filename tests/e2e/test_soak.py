@@ -93,9 +93,11 @@ def test_picture_has_titles_units_and_a_label_for_each_line() -> None:
 @pytest.mark.timeout(180)
 async def test_one_turn_of_all_faults_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(soak, "ROUND_S", 3.0)
-    report, this = await soak.soak_for(0, callers=20, viewers=20, reloaders=4, rate=100, is_judged=False)
+    lines: list[str] = []
+    report, this = await soak.soak_for(0, callers=20, viewers=20, reloaders=4, rate=100, say=lines.append)
     assert not report.failures, "\n".join(report.failures[:20])
     assert Counter(name for _, name in this.faults) == {"kill": 1, "drop": 1, "reset": 1, "stall": 1}
+    assert [line.split()[2] for line in lines] == [name for _, name in this.faults]
     rest = [sample for sample in this.samples if sample.is_at_rest]
     assert len(rest) == 4
     assert all(SERIES.keys() <= sample.values.keys() for sample in rest)
