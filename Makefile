@@ -1,6 +1,7 @@
 # `make help` lists the targets. Everything is made in .venv and build/; nothing is installed elsewhere.
 PYTHON ?= python3
 ARGS ?=
+MINUTES ?= 30
 TESTS ?= tests/test_layers.py tests/unit tests/e2e
 VENV := .venv
 PIP := $(VENV)/bin/pip -qq --disable-pip-version-check
@@ -13,10 +14,10 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench faults loadtest annotate coverage wheel clean force
+.PHONY: help run test lint build bench faults loadtest guard guard-baseline soak annotate coverage wheel clean force
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: build ## build, then serve on port 8080 (ARGS="--port 9000" for options)
 	@exec $(VENV)/bin/fastsig serve $(ARGS)
@@ -46,6 +47,15 @@ faults: build $(VENV)/.dev ## kill, stop and drain servers under load, for minut
 
 loadtest: build $(VENV)/.dev ## SECONDS=60 of Locust against a server of its own, or URL=ws://host/ws (ARGS="--users 3000")
 	@$(RUN) -m loadtest.run --seconds $(or $(SECONDS),60) $(if $(URL),--url $(URL)) $(ARGS)
+
+guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; fails if they are 3 % more than the baseline's
+	@$(RUN) -m loadtest.guard $(ARGS)
+
+guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, for this compiler and these versions
+	@$(RUN) -m loadtest.guard --save $(ARGS)
+
+soak: build $(VENV)/.dev ## load and faults for MINUTES=30: does anything grow? The plot: build/soak.svg
+	@$(RUN) -m loadtest.soak --minutes $(MINUTES)
 
 annotate: build ## write the page that shows what each line of the relay costs
 	@FASTSIG_ANNOTATE=1 $(RUN) setup.py --quiet build_ext --build-lib build/annotate --build-temp build/annotate
