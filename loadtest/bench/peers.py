@@ -36,7 +36,11 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """A server that can be started. `command` holds {port}; `processes` that relay; `load`: options for sigload."""
+    """A server that can be started.
+
+    `command` holds {port}; `processes`: that relay; `load`: options for sigload; `says`: what is in its log once it
+    serves, unless an answer on its port is enough.
+    """
 
     name: str
     about: str  # versions included
@@ -44,6 +48,7 @@ class Peer:
     env: Mapping[str, str] = field(default_factory=dict)
     processes: int = 1
     load: Sequence[str] = ()
+    says: str = ""
 
 
 def cc() -> list[str]:
@@ -98,7 +103,7 @@ def _fastsig(*, may_download: bool) -> list[Peer]:
     def peer(name: str, what: str, workers: int, *load: str) -> Peer:
         command = [sys.executable, "-m", "fastsig", "serve", "--host", "127.0.0.1", "--port", "{port}"]
         command += ["--workers", str(workers), "--ops.port", "0"]
-        return Peer(name, f"fastsig {fastsig.__version__}, {what}", command, env, workers, load)
+        return Peer(name, f"fastsig {fastsig.__version__}, {what}", command, env, workers, load, '"serving"')
 
     return [
         peer("fastsig", "1 worker", 1),
@@ -157,7 +162,7 @@ def _venv(*, may_download: bool) -> Path:
 
 def _python(package: str, *, may_download: bool) -> list[Peer]:
     python = _venv(may_download=may_download)
-    code = "import importlib.metadata, platform, sys; print(importlib.metadata.version(sys.argv[1]), platform.python_version())"
+    code = "import importlib.metadata as m, platform as p, sys; print(m.version(sys.argv[1]), p.python_version())"
     version, python_version = _run(python, "-c", code, package).split()
     about = f"{package} {version} and uvloop on CPython {python_version}"
     return [Peer(package, about, [str(python), str(SERVERS / f"with_{package}.py"), "{port}"])]
