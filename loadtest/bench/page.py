@@ -1,7 +1,7 @@
 """From what `run.py` recorded to a page: benchmarks.md, the charts in benchmarks/*.svg and the record beside them.
 
-`make bench-page` writes docs/ from build/bench.json; `python -m loadtest.bench.page docs/benchmarks/bench.json` from the
-figures that are published. The same record gives the same bytes. Figures of several rounds are medians.
+`make bench-page` writes docs/ from build/bench.json; `python -m loadtest.bench.page docs/benchmarks/bench.json` from
+the figures that are published. The same record gives the same bytes. Figures of several rounds are medians.
 """
 
 import json
@@ -25,9 +25,8 @@ Record = dict[str, Any]
 
 def is_saturated(cell: Cell) -> bool:
     """Of an open loop: more was offered than the server, or the load generator, could take."""
-    return bool(
-        cell["rate"] and (cell["per_s"] < KEPT_UP * cell["rate"] or cell["latency_us"]["p50"] > LATE_US or cell["faults"])
-    )
+    is_late = cell["latency_us"]["p50"] > LATE_US
+    return bool(cell["rate"] and (is_late or cell["per_s"] < KEPT_UP * cell["rate"] or cell["faults"]))
 
 
 class Figures:
@@ -69,15 +68,17 @@ class Figures:
 
 def _latency_chart(figures: Figures, percentile: str, title: str) -> str | None:
     series = []
-    for peer in figures.peers:
+    for colour, peer in enumerate(figures.peers):
         found = [(rate, figures.latency_us(peer, rate, percentile)) for rate in figures.rates]
         points = [(float(rate), value) for rate, value in found if value]
         asked = [rate for rate in figures.rates if figures.of(peer, "open", rate)]
         if points:
-            series.append(plot.Series(peer, points, is_cut=points[-1][0] < asked[-1]))
+            series.append(plot.Series(peer, colour, points, is_cut=points[-1][0] < asked[-1]))
     if not series:
         return None
-    subtitle = "Open loop, 200 B from peer to peer, from the scheduled moment to the receipt. × : did not keep up with the next rate"
+    subtitle = (
+        "200 B from peer to peer, from the moment it was due to its receipt. × : did not keep up with the next rate"
+    )
     return plot.lines(title, subtitle, "messages offered per second", "latency in µs", series)
 
 
@@ -100,8 +101,9 @@ def _memory_chart(figures: Figures) -> str | None:
     if not any(value for _, value in found):
         return None
     connections = figures.meta["setting"]["idle_connections"]
-    subtitle = f"KiB of resident memory per connection, {connections:,} idle ones in rooms of two; without the kernel's buffers"
-    return plot.bars("What an idle connection holds: shorter is better", subtitle, [plot.Panel("", found)], columns=1)
+    subtitle = "KiB of resident memory of all server processes, per connection; the kernel's buffers not counted"
+    panel = plot.Panel(f"{connections:,} connections in rooms of two", found)
+    return plot.bars("What an idle connection holds: shorter is better", subtitle, [panel], columns=1)
 
 
 def charts(figures: Figures) -> dict[str, str]:
@@ -127,7 +129,8 @@ def _state(figures: Figures) -> Iterator[str]:
     """What is to be known before a figure is believed."""
     meta = figures.meta
     if meta["state"] != "complete":
-        yield f"> **Partial**: the run was interrupted after {len(figures.cells)} measurements; what is missing was not measured."
+        count = len(figures.cells)
+        yield f"> **Partial**: the run ended after {count} measurements; what is missing here was not measured."
         yield ""
     if meta["kind"] != "full":
         yield "> A quick run: one short round. Good for large differences only; `make bench-full` is the measure."
@@ -150,8 +153,8 @@ def _closed(figures: Figures) -> Iterator[str]:
     titles = [f"{name}: {figures.meta['tests'][name]['title']}" for name in tests]
     yield from ("- `" + title.replace(": ", "`: ", 1) for title in titles)
     yield ""
-    yield "Thousands per second, and in brackets µs of server CPU for each. In *italics* the generator was the bound, or ran on the server's core:"
-    yield "there the rate is a floor and only the CPU counts."
+    yield "Thousands per second, and in brackets µs of server CPU for each. In *italics* the generator was the bound,"
+    yield "or ran on the server's core: there the rate is a floor and only the CPU counts."
     yield ""
     rows = []
     for peer in figures.peers:
@@ -171,7 +174,7 @@ def _closed(figures: Figures) -> Iterator[str]:
 
 
 def _latencies(figures: Figures) -> Iterator[str]:
-    yield "Median / 99th percentile in µs; – where the server did not keep up (or its last rate had shown that it would not)."
+    yield "Median / 99th percentile in µs; – where the server did not keep up, or had not kept up with a lower rate."
     yield ""
     asked = [peer for peer in figures.peers if any(figures.of(peer, "open", rate) for rate in figures.rates)]
     rows = []
@@ -199,8 +202,8 @@ def _how(figures: Figures) -> Iterator[str]:
     yield f"- Machine: {meta['machine']}. The hypervisor took {stolen:.1f} s from its cores during the measurements."
     yield f"- When and what: {meta['ended']}, fastsig at commit {meta['commit']}."
     yield (
-        f"- Each figure: median of {setting['rounds']} round(s) of {setting['seconds']:g} s after {setting['warmup_s']:g} s of warm-up, "
-        "each on a fresh server. Peers take turns within a test."
+        f"- Each figure: median of {setting['rounds']} round(s) of {setting['seconds']:g} s after "
+        f"{setting['warmup_s']:g} s of warm-up, each on a fresh server. Peers take turns within a test."
     )
     yield "- A server has the first core of the machine, or the first two for two workers; the generator the last."
     yield ""
@@ -209,46 +212,50 @@ def _how(figures: Figures) -> Iterator[str]:
         yield "Left out: " + "; ".join(f"{name} ({why})" for name, why in meta["missing"].items()) + "."
         yield ""
     yield "```sh"
-    yield f"{meta['command']}{' ARGS=' + repr(meta['arguments']) if meta['arguments'] not in ('', '--full') else ''}"
+    arguments = meta["arguments"].replace("--full", "").strip()
+    yield f'{meta["command"]} ARGS="{arguments}"' if arguments else meta["command"]
     yield "```"
     yield ""
     yield "and the generator in each test, on top of `--port`, `--pin`, `--duration` and `--warmup`:"
     yield ""
     yield "```text"
-    yield from (f"{name:13} sigload {test['load'].replace(' --rate 0', ' --rate RATE')}" for name, test in meta["tests"].items())
+    for name, test in meta["tests"].items():
+        yield f"{name:13} sigload {test['load'].replace('--rate 0', '--rate RATE')}"
     yield "```"
 
 
 BEFORE: Final = """\
 # Benchmarks
 
-<!-- Made by loadtest/bench/page.py from benchmarks/bench.json: edit there. `make bench-full` measures anew and writes this page. -->
+<!-- Made by loadtest/bench/page.py from benchmarks/bench.json: edit there. `make bench-full` measures anew. -->
 
-fastsig beside other servers that do the same: rooms, presence, relay by recipient, broadcast. Each delivery was checked for
-sender, recipient, order, duplication and content. `limit` is not a product: our estimate of what the kernel's sockets allow,
-in C, with nothing but the protocol. `make bench` takes some minutes and has the short version for your machine.
+fastsig beside other servers that do the same: rooms, presence, relay by recipient, broadcast. Each delivery was checked
+for sender, recipient, order, duplication and content. `limit` is not a product: it is our estimate of what the kernel's
+sockets allow, in C, with nothing but the protocol. `make bench` measures a short version of this on your machine, in
+minutes, and writes it to build/benchmarks.md.
 """
 MEANING: Final = """\
-CPU time per delivery is the figure to compare first: it hardly moves with what else runs, and it decides how many users a core
-carries. `relay1` has one message on its way per pair, so each costs a `recv` and a `send`, and no server can be far from `limit`;
-`relayN` has eight, which a server may answer with one `send`. Real traffic lies between them. `fastsig-2` has two workers and
-joins without naming the room in the URL, so that half of the messages cross to the other worker; `fastsig-2-room` names it.
+CPU time per delivery is the figure to compare first: it hardly moves with what else runs, and it decides how many users
+a core carries. In `relay1` one message is on its way per pair, so each costs a `recv` and a `send`, and `limit` is
+near the floor. In `relayN` there are eight per peer, which a server may answer with one `send`. Real traffic lies between
+them. `fastsig` has one worker. `fastsig-2` has two, and peers do not name the room in the URL: about half of them are at
+another worker than their room's owner. In `fastsig-2-room` they name it, and are served by the owner.
 """
 LATENESS: Final = """\
-Messages leave at fixed times, whether earlier ones have arrived or not, and count from the moment they were due: a server that
-stalls cannot hide it. At low rates most of the latency is the waking of a sleeping core. Peers that share a core with the
-generator are left out.
+Messages leave at fixed times, whether earlier ones have arrived or not, and count from the moment they were due: a
+server that stalls cannot hide it. At low rates most of the latency is the waking of a sleeping core. Peers that share a
+core with the generator are left out.
 """
 CAVEATS: Final = """\
 - **Loopback.** No network card, no interrupts, no loss; the sender's core does part of the receiver's TCP work.
 - **No TLS.** fastsig is usually behind something that ends it.
-- **Small machines.** On two cores two workers and the generator share them, so rates with two workers are floors and their
-  latency is not shown: only CPU time is comparable. Nothing here says how throughput grows with workers.
+- **Small machines.** Where no core is left for the generator, rates with two workers are floors and their latency is
+  not shown: only CPU time is comparable. Nothing here says how throughput grows with workers.
 - **Hundreds of busy peers, not tens of thousands.** Tables fit into the caches.
-- **Peers do less.** They have no limits, no authentication, no acknowledgements, and do not check what they relay as strictly. They
-  are written by us, as plainly as their documentation shows it; an expert in one of them may get more out of it.
-- **Memory is that of the processes.** The kernel's socket buffers come on top, and are the same for all. Garbage-collected
-  servers may hold more or less depending on when they last collected.
+- **The others do less.** They have no limits, no authentication, no acknowledgements, and do not check as strictly what
+  they relay. They are written by us, as plainly as their documentation shows it; an expert may get more out of one.
+- **Memory is that of the processes.** The kernel's socket buffers come on top. Servers that collect garbage hold more or
+  less depending on when they last did.
 - **No bad days**: slow readers, dying workers and reconnect storms are tests (`make faults`), not figures.
 """
 

@@ -56,16 +56,15 @@ def cc() -> list[str]:
     return [*os.environ.get("CC", "cc").split(), "-O2", f"-I{HERE}"]
 
 
-def _run(*command: str | Path, **more: Path) -> str:
+def _run(*command: str | Path) -> str:
     """What it writes.
 
     Raises:
         MissingError: it is not there, fails or takes too long
     """
     try:
-        done = subprocess.run(
-            [str(word) for word in command], check=True, capture_output=True, text=True, timeout=SETUP_S, **more
-        )
+        words = [str(word) for word in command]
+        done = subprocess.run(words, check=True, capture_output=True, text=True, timeout=SETUP_S)
     except FileNotFoundError as error:
         raise MissingError(f"{command[0]} is not installed") from error
     except subprocess.SubprocessError as error:

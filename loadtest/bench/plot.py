@@ -29,9 +29,13 @@ CROSS: Final = "M-6,-6L6,6M6,-6L-6,6"
 
 @dataclass(frozen=True)
 class Series:
-    """A line. `is_cut`: it ends where it does because its subject could not go on, not because nobody asked."""
+    """A line. `is_cut`: it ends where it does because its subject could not go on, not because nobody asked.
+
+    `colour`: a number, so that a subject looks the same in all charts.
+    """
 
     name: str
+    colour: int
     points: Sequence[tuple[float, float]]
     is_cut: bool = False
 
@@ -129,7 +133,7 @@ def lines(title: str, subtitle: str, x_label: str, y_label: str, series: Sequenc
     middle = (top + bottom) / 2
     parts += [_text(22, middle, y_label, "soft", "middle", f' transform="rotate(-90 22 {middle:.1f})"')]
     for number, line in enumerate(series):
-        colour, mark = COLOURS[number % len(COLOURS)], MARKS[number % len(MARKS)]
+        colour, mark = COLOURS[line.colour % len(COLOURS)], MARKS[line.colour % len(MARKS)]
         spots = [(x_axis.at(x), y_axis.at(y)) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         parts += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']

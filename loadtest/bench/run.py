@@ -1,11 +1,11 @@
 """The benchmark: every peer through every test, `make bench` (minutes) or `make bench-full` (everything, for an hour).
 
-One cell is one peer in one test: a fresh server on its core, the load generator on the last core, both on loopback. Peers
-take turns within a test, so that what else runs on the machine hits all of them. After each cell everything so far is in
-build/bench.json; a run that is interrupted says so there and in the page, and loses only the cell it was in.
+One cell is one peer in one test: a fresh server on its core, the load generator on the last core, both on loopback.
+Peers take turns within a test, so that what else runs on the machine hits all of them. After each cell everything so
+far is in build/bench.json; a run that is interrupted says so there and in the page, and loses only the cell it was in.
 
-`sigload.c` checks every delivery for sender, recipient, order, duplication and content (`tests/e2e/test_bench.py` proves
-that it does); a cell that lost anything is a failure of the run. `page.py` makes the page of what is recorded here.
+`sigload.c` checks every delivery for sender, recipient, order, duplication and content (`tests/e2e/test_bench.py`
+proves that it does); a cell that lost anything is a failure of the run. `page.py` makes the page of what is recorded.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from loadtest.bench import page
 from loadtest.bench.peers import BUILD, Peer, gather, sigload
@@ -34,43 +34,49 @@ STOP_S: Final = 3.0
 CONNECT_S: Final = 60.0  # for sigload to have all its connections
 SETTLE_S: Final = 0.3  # of silence after the joins, before traffic begins
 HERTZ: Final = os.sysconf("SC_CLK_TCK")
-PIN: Final = "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execvp(sys.argv[2], sys.argv[2:])"
+PIN: Final = (  # and then the server is this very process
+    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execvp(sys.argv[2], sys.argv[2:])"
+)
+FAULTS: Final = (
+    "lost", "dup", "reordered", "misrouted", "corrupt", "conn_fail", "hs_fail", "unexpected_close", "bad_frame",
+    "churn_timeout",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Test:
-    """What sigload is told to do. `unit`: what CPU time is divided by."""
+    """What sigload is told to do."""
 
     name: str
     title: str
-    unit: str
     load: str
     rate: int = 0  # messages/s offered, of the open loop
 
 
 PAIRS: Final = "--rooms 100 --peers 2"
 TESTS: Final = (
-    Test("relay1-200", "ping-pong in 100 pairs, 200 B", "delivery", f"--mode relay1 {PAIRS} --payload 200"),
-    Test("relayN-200", "8 on the way in 100 pairs, 200 B", "delivery", f"--mode relayN {PAIRS} --window 8 --payload 200"),
-    Test("relayN-2500", "8 on the way in 100 pairs, 2.5 KB", "delivery", f"--mode relayN {PAIRS} --window 8 --payload 2500"),
-    Test("fanout-20x10", "broadcast in 20 rooms of 10, 200 B", "delivery", "--mode fanout --rooms 20 --peers 10 --window 4"),
-    Test("fanout-1x500", "broadcast in a room of 500, 200 B", "delivery", "--mode fanout --rooms 1 --peers 500 --window 4"),
-    Test("churn-50", "connect, join, leave, close; 50 at a time", "cycle", "--mode churn --rooms 25 --concurrency 50 --await-join"),
-    Test("idle", "idle connections in rooms of 2", "connection", "--mode idle"),
-)  # fmt: skip
+    Test("relay1-200", "ping-pong in 100 pairs, 200 B", f"--mode relay1 {PAIRS} --payload 200"),
+    Test("relayN-200", "8 on the way per peer, 100 pairs, 200 B", f"--mode relayN {PAIRS} --window 8 --payload 200"),
+    Test("relayN-2500", "8 on the way per peer, 100 pairs, 2.5 KB", f"--mode relayN {PAIRS} --window 8 --payload 2500"),
+    Test("fanout-20x10", "broadcast in 20 rooms of 10, 200 B", "--mode fanout --rooms 20 --peers 10 --window 4"),
+    Test("fanout-1x500", "broadcast in a room of 500, 200 B", "--mode fanout --rooms 1 --peers 500 --window 4"),
+    Test(
+        "churn-50", "connect, join, leave, close; 50 at a time", "--mode churn --rooms 25 --concurrency 50 --await-join"
+    ),
+    Test("idle", "idle connections in rooms of 2", "--mode idle"),
+)
 QUICK_RATES: Final = (1_000, 10_000, 50_000, 100_000, 200_000)
 FULL_RATES: Final = (
     1_000, 2_000, 5_000, 10_000, 20_000, 35_000, 50_000, 75_000, 100_000, 125_000, 150_000, 200_000, 250_000, 300_000,
+    400_000,
 )  # fmt: skip
 NOT_QUICK: Final = ("aiohttp", "websockets")  # the slowest: only in the full run, or when they are named
 
 
 def open_loop(rate: int) -> Test:
     """Messages leave at their times, whether the server keeps up or not; latency counts from those times."""
-    return Test(
-        "open", "messages at fixed times in 100 pairs, 200 B", "delivery",
-        f"--mode openloop {PAIRS} --payload 200 --spin --rate {rate}", rate,
-    )  # fmt: skip
+    load = f"--mode openloop {PAIRS} --payload 200 --spin --rate {rate}"
+    return Test("open", "messages at fixed times in 100 pairs, 200 B", load, rate)
 
 
 class CellError(Exception):
@@ -123,7 +129,8 @@ def _tree(pid: int) -> list[int]:
 
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    model = models[0] if models else platform.machine()
     gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {len(os.sched_getaffinity(0))} cores to use, {gib:.0f} GiB, Linux {platform.release()}"
 
@@ -159,7 +166,7 @@ class Server:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | peer.env, start_new_session=True,
             )  # fmt: skip
 
-    def __enter__(self) -> "Server":
+    def __enter__(self) -> Self:
         try:
             deadline = time.monotonic() + START_S
             while not self._answers():
@@ -216,15 +223,8 @@ def _figures(said: dict[str, Any], spent: tuple[float, float]) -> dict[str, Any]
         "busy_s": round(spent[0], 2),
         "stolen_s": round(spent[1], 2),
         "latency_us": {name: latency[name] for name in ("p50", "p90", "p99", "p999", "max")},
-        "faults": {
-            name: said[name]
-            for name in (
-                "lost", "dup", "reordered", "misrouted", "corrupt", "conn_fail", "hs_fail", "unexpected_close", "bad_frame",
-                "churn_timeout",
-            )
-            if said[name]
-        },
-    }  # fmt: skip
+        "faults": {name: said[name] for name in FAULTS if said[name]},
+    }
 
 
 @dataclass(frozen=True)
@@ -347,12 +347,11 @@ def _line(cell: dict[str, Any]) -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m loadtest.bench.run", description="Benchmark of signaling servers.")
-    words = {"metavar": "A,B"}
-    parser.add_argument("--full", action="store_true", help="all peers, all rates, three rounds; writes docs/benchmarks.md")
-    parser.add_argument("--peers", default="", help="only these; see --list", **words)
+    parser.add_argument("--full", action="store_true", help="everything; writes docs/benchmarks.md")
+    parser.add_argument("--peers", default="", help="only these; see --list", metavar="A,B")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND", help="one more; {port} in it")
-    parser.add_argument("--tests", default="", help="only these; `open` is the open loop", **words)
-    parser.add_argument("--rates", default="", help="of the open loop, messages/s", **words)
+    parser.add_argument("--tests", default="", help="only these; `open` is the open loop", metavar="A,B")
+    parser.add_argument("--rates", default="", help="of the open loop, messages/s", metavar="A,B")
     parser.add_argument("--rounds", type=int, help="default 1, --full 3")
     parser.add_argument("--seconds", type=float, help="of each measurement; default 1, --full 3")
     parser.add_argument("--connections", type=int, default=5000, help="idle ones; default 5000")
@@ -407,13 +406,15 @@ def main() -> int:
         "kind": "full" if options.full else "quick", "command": "make bench-full" if options.full else "make bench",
         "arguments": shlex.join(sys.argv[1:]), "note": options.note, "missing": missing,
         "peers": {peer.name: peer.about for peer in peers},
-        "tests": {test.name: {"title": test.title, "unit": test.unit, "load": test.load} for test in (*TESTS, open_loop(0))},
+        "tests": {test.name: {"title": test.title, "load": test.load} for test in (*TESTS, open_loop(0))},
     }  # fmt: skip
     run = Run(options.out, setting, meta)
     tests = [test for test in TESTS if test.name in wanted]
     try:
         run.run(peers, tests, rates if "open" in wanted else ())
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what there is gets written
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         run.save("interrupted")
         print(f"fastsig: interrupted after {len(run.record['cells'])} cells, which are kept", flush=True)
     else:

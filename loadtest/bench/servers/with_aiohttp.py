@@ -4,11 +4,12 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterable
+from typing import TypeAlias
 
 import uvloop
 from aiohttp import WSMsgType, web
 
-Peer = web.WebSocketResponse
+Peer: TypeAlias = web.WebSocketResponse
 rooms: dict[str, dict[str, Peer]] = {}
 places: dict[Peer, tuple[str, str]] = {}
 
