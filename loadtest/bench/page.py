@@ -85,7 +85,7 @@ def _latency_chart(figures: Figures, percentile: str, title: str) -> str | None:
 def _cpu_chart(figures: Figures) -> str | None:
     panels = [
         plot.Panel(
-            f"{figures.meta['tests'][test]['title']}",
+            figures.meta["tests"][test]["title"],
             [(peer, figures.median(peer, test, lambda cell: cell["us_per_unit"])) for peer in figures.peers],
         )
         for test in figures.tests()
@@ -212,7 +212,7 @@ def _how(figures: Figures) -> Iterator[str]:
         yield "Left out: " + "; ".join(f"{name} ({why})" for name, why in meta["missing"].items()) + "."
         yield ""
     yield "```sh"
-    arguments = meta["arguments"].replace("--full", "").strip()
+    arguments = meta["arguments"]
     yield f'{meta["command"]} ARGS="{arguments}"' if arguments else meta["command"]
     yield "```"
     yield ""
@@ -237,9 +237,9 @@ minutes, and writes it to build/benchmarks.md.
 MEANING: Final = """\
 CPU time per delivery is the figure to compare first: it hardly moves with what else runs, and it decides how many users
 a core carries. In `relay1` one message is on its way per pair, so each costs a `recv` and a `send`, and `limit` is
-near the floor. In `relayN` there are eight per peer, which a server may answer with one `send`. Real traffic lies between
-them. `fastsig` has one worker. `fastsig-2` has two, and peers do not name the room in the URL: about half of them are at
-another worker than their room's owner. In `fastsig-2-room` they name it, and are served by the owner.
+near the floor. In `relayN` there are eight per peer, which a server may answer with one `send`. Real traffic lies
+between them. `fastsig` has one worker. `fastsig-2` has two, and peers do not name the room in the URL: about half of them
+are at another worker than their room's owner. In `fastsig-2-room` they name it, and are served by the owner.
 """
 LATENESS: Final = """\
 Messages leave at fixed times, whether earlier ones have arrived or not, and count from the moment they were due: a
@@ -254,8 +254,8 @@ CAVEATS: Final = """\
 - **Hundreds of busy peers, not tens of thousands.** Tables fit into the caches.
 - **The others do less.** They have no limits, no authentication, no acknowledgements, and do not check as strictly what
   they relay. They are written by us, as plainly as their documentation shows it; an expert may get more out of one.
-- **Memory is that of the processes.** The kernel's socket buffers come on top. Servers that collect garbage hold more or
-  less depending on when they last did.
+- **Memory is that of the processes.** The kernel's socket buffers come on top. Servers that collect garbage hold more
+  or less depending on when they last did.
 - **No bad days**: slow readers, dying workers and reconnect storms are tests (`make faults`), not figures.
 """
 

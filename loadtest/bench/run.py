@@ -373,6 +373,18 @@ def _chosen(names: str, among: Sequence[str], what: str) -> list[str]:
     return [name for name in among if name in wanted]
 
 
+def _arguments(given: Sequence[str]) -> str:
+    """What changes the figures, as it is given to make: not where they are written."""
+    kept = []
+    words = iter(given)
+    for word in words:
+        if word == "--out":
+            next(words, None)
+        elif word != "--full" and not word.startswith("--out="):
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -404,7 +416,7 @@ def main() -> int:
     )
     meta = {
         "kind": "full" if options.full else "quick", "command": "make bench-full" if options.full else "make bench",
-        "arguments": shlex.join(sys.argv[1:]), "note": options.note, "missing": missing,
+        "arguments": _arguments(sys.argv[1:]), "note": options.note, "missing": missing,
         "peers": {peer.name: peer.about for peer in peers},
         "tests": {test.name: {"title": test.title, "load": test.load} for test in (*TESTS, open_loop(0))},
     }  # fmt: skip

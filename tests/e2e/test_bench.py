@@ -113,14 +113,25 @@ async def load(program: Path, fault: str, *options: str) -> dict[str, Any]:
     """What sigload reports of a server with this fault."""
     server = await asyncio.start_server(Faulty(fault).handle, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    command = [program, "--port", str(port), "--rooms", "4", "--duration", "0.4", "--warmup", "0.1", "--drain", "0.4"]
+    command = [
+        str(program),
+        "--port",
+        str(port),
+        "--rooms",
+        "4",
+        "--duration",
+        "0.4",
+        "--warmup",
+        "0.1",
+        "--drain",
+        "0.4",
+    ]
     process = await asyncio.create_subprocess_exec(*command, *options, stdout=subprocess.PIPE)
     try:
         said, _ = await asyncio.wait_for(process.communicate(), 30)
     finally:
         server.close()
     report: dict[str, Any] = json.loads(said.splitlines()[-1])
-    assert report["delivered"] > 100, report
     assert (process.returncode == 0) == report["ok"]
     return report
 
@@ -131,7 +142,7 @@ FAULTLESS = {"lost": 0, "dup": 0, "reordered": 0, "misrouted": 0, "corrupt": 0, 
 @pytest.mark.parametrize("options", [WINDOW, FANOUT, OPEN, ("--mode", "relay1", "--payload", "2500")])
 async def test_server_without_faults_has_none(sigload: Path, options: tuple[str, ...]) -> None:
     report = await load(sigload, "none", *options)
-    assert report["ok"] and report["reencoded"] == 0
+    assert report["ok"] and report["delivered"] > 100 and report["reencoded"] == 0
     assert FAULTLESS.items() <= report.items()
 
 

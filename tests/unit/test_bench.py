@@ -24,7 +24,8 @@ def cell(peer: str, test: str, per_s: float, *, rate: int = 0, us: float = 2.0, 
     return {
         "test": test, "peer": peer, "round": 0, "rate": rate, "is_shared": False,
         "per_s": per_s, "sent_per_s": per_s, "us_per_unit": us, "server_cpu_pct": 80.0, "load_cpu_pct": 50.0,
-        "kib_per_connection": 6.25 if test == "idle" else 0.0, "mib_before": 70.0, "connections": 1000, "connect_s": 0.5,
+        "kib_per_connection": 6.25 if test == "idle" else 0.0, "mib_before": 70.0,
+        "connections": 1000, "connect_s": 0.5,
         "busy_s": 2.0, "stolen_s": 0.0, "faults": {},
         "latency_us": {"p50": p50, "p90": 2 * p50, "p99": 5 * p50, "p999": 9 * p50, "max": 20 * p50},
     }  # fmt: skip
@@ -98,12 +99,12 @@ def test_failed_cells_and_lost_messages_are_said_before_the_figures() -> None:
     faulty = record()
     faulty["cells"][0]["faults"] = {"lost": 3}
     faulty["cells"].append(
-        {"test": "relayN-2500", "peer": "bun", "round": 0, "rate": 0, "is_shared": False, "failed": "did not serve"}
+        {"test": "churn-50", "peer": "bun", "round": 0, "rate": 0, "is_shared": False, "failed": "did not serve"}
     )
     text, _ = page.render(faulty)
     head, _, _ = text.partition("## Throughput")
     assert "**fastsig in relayN-200: 3 lost**" in head
-    assert "bun has no figure in relayN-2500: did not serve" in head
+    assert "bun has no figure in churn-50: did not serve" in head
 
 
 def test_rate_that_the_generator_bounded_is_marked() -> None:
