@@ -238,8 +238,8 @@ MEANING: Final = """\
 CPU time per delivery is the figure to compare first: it hardly moves with what else runs, and it decides how many users
 a core carries. In `relay1` one message is on its way per pair, so each costs a `recv` and a `send`, and `limit` is
 near the floor. In `relayN` there are eight per peer, which a server may answer with one `send`. Real traffic lies
-between them. `fastsig` has one worker. `fastsig-2` has two, and peers do not name the room in the URL: about half of them
-are at another worker than their room's owner. In `fastsig-2-room` they name it, and are served by the owner.
+between them. `fastsig` has one worker. `fastsig-2` has two, and peers do not name the room in the URL: about half of
+them are at another worker than their room's owner. In `fastsig-2-room` they name it, and are served by the owner.
 """
 LATENESS: Final = """\
 Messages leave at fixed times, whether earlier ones have arrived or not, and count from the moment they were due: a
