@@ -41,7 +41,7 @@ build: $(VENV)/.built ## make the environment and build the extension in place
 bench: build ## measure the server beside others, for some minutes (ARGS="--peers limit,fastsig --tests relayN-200")
 	@$(RUN) -m loadtest.bench.run $(ARGS)
 
-bench-full: build ## measure everything on a quiet machine, for an hour, and write docs/benchmarks.md
+bench-full: build ## measure everything on a quiet machine, for half an hour, and write docs/benchmarks.md
 	@$(RUN) -m loadtest.bench.run --full $(ARGS)
 
 bench-page: build ## write docs/benchmarks.md from build/bench.json, also of a partial run

@@ -268,7 +268,7 @@ def render(record: Record) -> tuple[str, dict[str, str]]:
     def chart(name: str, words: str) -> list[str]:
         return [f"![{words}](benchmarks/{name})", ""] if name in made else []
 
-    lines = [BEFORE, *_state(figures)]
+    lines = [BEFORE, "", *_state(figures)]
     if figures.tests():
         lines += ["## Throughput, and CPU per delivery", "", MEANING]
         lines += [*chart("cpu.svg", "CPU time per delivery, by server and test"), *_closed(figures)]

@@ -1,4 +1,4 @@
-"""The benchmark: every peer through every test, `make bench` (minutes) or `make bench-full` (everything, for an hour).
+"""The benchmark: every peer through every test, `make bench` (minutes) or `make bench-full` (everything, for half an hour).
 
 One cell is one peer in one test: a fresh server on its core, the load generator on the last core, both on loopback.
 Peers take turns within a test, so that what else runs on the machine hits all of them. After each cell everything so
