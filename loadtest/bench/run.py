@@ -1,4 +1,4 @@
-"""The benchmark: every peer through every test, `make bench` (minutes) or `make bench-full` (everything, for half an hour).
+"""The benchmark: every peer through every test, `make bench` (minutes) or `make bench-full` (half an hour).
 
 One cell is one peer in one test: a fresh server on its core, the load generator on the last core, both on loopback.
 Peers take turns within a test, so that what else runs on the machine hits all of them. After each cell everything so
@@ -9,6 +9,7 @@ proves that it does); a cell that lost anything is a failure of the run. `page.p
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -145,8 +146,25 @@ def _commit() -> str:
 # ---- one cell
 
 
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """An interruption waits until the end of this: a server that was just started is known before anything is raised."""
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, frame: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
+
+
 class Server:
-    """A peer's process, in a session of its own, on its cores. Leaving the context ends it and all it started.
+    """A peer's process, in a session of its own, on its cores, within the context. Leaving it ends all it started.
 
     Raises:
         CellError: it does not serve
@@ -157,17 +175,14 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self._peer = peer
+        self._cores = cores
         self._log = logs / f"{peer.name}.log"
-        command = [word.replace("{port}", str(self.port)) for word in peer.command]
-        logs.mkdir(parents=True, exist_ok=True)
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", PIN, ",".join(map(str, cores)), *command],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | peer.env, start_new_session=True,
-            )  # fmt: skip
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
         try:
+            with _undisturbed():
+                self._process = self._start()
             deadline = time.monotonic() + START_S
             while not self._answers():
                 if self._process.poll() is not None:
@@ -179,6 +194,16 @@ class Server:
             self._end()
             raise
         return self
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [word.replace("{port}", str(self.port)) for word in self._peer.command]
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("wb") as log:
+            return subprocess.Popen(
+                [sys.executable, "-c", PIN, ",".join(map(str, self._cores)), *command],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=os.environ | self._peer.env,
+                start_new_session=True,
+            )  # fmt: skip
 
     def __exit__(self, *_: object) -> None:
         self._end()
@@ -194,17 +219,20 @@ class Server:
             return False
 
     def processes(self) -> list[int]:
-        return _tree(self._process.pid)
+        return _tree(self._process.pid) if self._process else []
 
     def _end(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if self._process.poll() is None:
-                os.killpg(self._process.pid, number)  # its own session: nobody else is in that group
-            try:
-                self._process.wait(STOP_S)
-            except subprocess.TimeoutExpired:
-                continue
+        if self._process is None:
             return
+        with _undisturbed():
+            for number in (signal.SIGTERM, signal.SIGKILL):
+                if self._process.poll() is None:
+                    os.killpg(self._process.pid, number)  # its own session: nobody else is in that group
+                try:
+                    self._process.wait(STOP_S)
+                except subprocess.TimeoutExpired:
+                    continue
+                return
 
 
 def _figures(said: dict[str, Any], spent: tuple[float, float]) -> dict[str, Any]:

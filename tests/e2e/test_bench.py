@@ -19,9 +19,11 @@ from typing import Any
 import pytest
 
 from loadtest.bench import peers
+from tests.e2e.conftest import until
 
 ROOT = Path(__file__).parent.parent.parent
 EVERY = 50
+MARK = "BENCH_RUN"  # a variable that what a run starts inherits
 OPEN = ("--mode", "openloop", "--rate", "1000")
 WINDOW = ("--mode", "relayN", "--window", "8")
 FANOUT = ("--mode", "fanout", "--peers", "5")
@@ -195,10 +197,21 @@ def test_run_leaves_figures_and_a_page(tmp_path: Path) -> None:
     assert "quick run" in (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
 
 
+def started_by(mark: str) -> list[int]:
+    """The processes that have this mark from who started them."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it went, or is not ours
+            if f"{MARK}={mark}".encode() in environ.read_bytes().split(b"\0"):
+                found.append(int(environ.parent.name))
+    return found
+
+
 @pytest.fixture
 def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     command = run(tmp_path, "--peers", "fastsig", "--tests", "relayN-200", "--rounds", "1000")
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+    marked = os.environ | {MARK: str(tmp_path)}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=marked) as process:
         try:
             yield process
         finally:
@@ -212,10 +225,12 @@ def test_interrupted_run_keeps_what_it_has_and_says_that_it_is_partial(
     tmp_path: Path, long_run: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     assert long_run.stdout
+    assert long_run.pid in started_by(str(tmp_path))
     while not long_run.stdout.readline().startswith("[1]"):
         assert long_run.poll() is None
     os.kill(long_run.pid, number)
     assert long_run.wait(20) == 130
+    until(lambda: not started_by(str(tmp_path)), "the run left processes behind")
     record = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
     assert record["meta"]["state"] == "interrupted"
     assert record["cells"][0]["per_s"] > 0
