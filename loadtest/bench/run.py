@@ -148,7 +148,7 @@ def _commit() -> str:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """An interruption waits until the end of this: a server that was just started is known before anything is raised."""
+    """An interruption waits for the end of this: a server that was just started is known before anything is raised."""
     came: list[int] = []
     before = {
         number: signal.signal(number, lambda number, frame: came.append(number))
