@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench faults loadtest guard guard-baseline soak annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline soak annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,8 +39,14 @@ lint: build $(VENV)/.dev ## check style, types, the stub of the extension, the D
 
 build: $(VENV)/.built ## make the environment and build the extension in place
 
-bench: build $(VENV)/.dev ## ten seconds of ping-pong and fan-out against a server of its own
-	@$(RUN) loadtest/bench/quick.py $(ARGS)
+bench: build ## measure the server beside others, for some minutes (ARGS="--peers limit,fastsig --tests relayN-200")
+	@$(RUN) -m loadtest.bench.run $(ARGS)
+
+bench-full: build ## measure everything on a quiet machine, for half an hour, and write docs/benchmarks.md
+	@$(RUN) -m loadtest.bench.run --full $(ARGS)
+
+bench-page: build ## write docs/benchmarks.md from build/bench.json, also of a partial run
+	@$(RUN) -m loadtest.bench.page
 
 faults: build $(VENV)/.dev ## kill, stop and drain servers under load, for minutes (ARGS="kill --workers 4 --rounds 20")
 	@$(RUN) -m loadtest.faults $(ARGS)
