@@ -511,7 +511,7 @@ async def test_each_connection_brings_a_new_token_and_none_is_logged(caplog: pyt
 
 
 @on_both_loops
-async def test_token_function_that_fails_is_the_cause_of_the_end() -> None:
+async def test_token_function_that_fails_is_the_cause_of_the_end(caplog: pytest.LogCaptureFixture) -> None:
     async def token() -> str:
         raise LookupError("nobody is logged in")
 
@@ -519,6 +519,7 @@ async def test_token_function_that_fails_is_the_cause_of_the_end() -> None:
         async with fastsig.connect("ws://127.0.0.1:1/ws", "r", token=token):
             pass
     assert isinstance(ended.value.__cause__, LookupError)
+    assert "LookupError" in caplog.text and "logged in" not in caplog.text, "it may hold the token"
 
 
 @on_both_loops
