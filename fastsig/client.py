@@ -731,7 +731,7 @@ class Room(AsyncIterator[Event]):
             _log.info("membership over (%s)", reason.code)
             self._end(reason)
         except Exception as reason:  # noqa: BLE001 (a token function that failed, a bug: whoever waits is to hear of it)
-            _log.exception("membership over")
+            _log.warning("membership over (%s)", type(reason).__name__)  # its text may hold a token
             failure = ClientError("internal", "The client failed.")
             failure.__cause__ = reason
             self._end(failure)

@@ -511,7 +511,7 @@ async def test_each_connection_brings_a_new_token_and_none_is_logged(caplog: pyt
 
 
 @on_both_loops
-async def test_token_function_that_fails_is_the_cause_of_the_end() -> None:
+async def test_token_function_that_fails_is_the_cause_of_the_end(caplog: pytest.LogCaptureFixture) -> None:
     async def token() -> str:
         raise LookupError("nobody is logged in")
 
@@ -519,6 +519,7 @@ async def test_token_function_that_fails_is_the_cause_of_the_end() -> None:
         async with fastsig.connect("ws://127.0.0.1:1/ws", "r", token=token):
             pass
     assert isinstance(ended.value.__cause__, LookupError)
+    assert "LookupError" in caplog.text and "logged in" not in caplog.text, "it may hold the token"
 
 
 @on_both_loops
@@ -617,13 +618,37 @@ async def test_sender_that_never_rests_is_not_caught_in_a_connection_that_ends()
 
 
 @on_both_loops
+async def test_reader_that_takes_nothing_does_not_come_back_again_and_again() -> None:
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        await welcome(script, connection, join)
+        for _ in range(3):
+            await _say(connection, type="x-note", room="r", sender="b")
+        await connection.close(4003)
+
+    async with (
+        Script(say).serving() as script,
+        fastsig.connect(script.url, "r", max_events=2, backoff=(0.0, 0.0)) as room,
+    ):
+        await until(lambda: not room._has_space.is_set(), "reading goes on")
+        await asyncio.sleep(0.2)  # in which it would have come back many times
+        assert len(script.joins) == 1 and len(room._events) <= 3
+        assert [type(await anext(room)) for _ in range(4)][3] is fastsig.Rejoined
+        assert len(script.joins) >= 2
+
+
+@on_both_loops
 async def test_message_of_after_our_close_waits_for_the_next_connection() -> None:
     """The server takes its time to close in its turn."""
 
     async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
-        await go_away("reconnect", 0, 0)(script, connection, join)
+        await go_away("reconnect", 100, 100)(script, connection, join)
         connection.transport.pause_reading()
-        await until(lambda: rooms[0]._link is None, "it does not go")
+        await until(lambda: rooms[0]._link is not None, "it does not come")
+        link = rooms[0]._link
+        assert link is not None
+        transport = link._transport
+        assert transport is not None
+        await until(lambda: transport.is_close_frame_sent, "it does not go")
         sending.append(asyncio.ensure_future(rooms[0].broadcast("x-note", 1)))
         connection.transport.resume_reading()
 
