@@ -7,8 +7,8 @@ turn (`FAULTS`): a worker is killed; connections are dropped, or reset; somebody
 After each fault everybody returns, the load pauses, all rosters are compared, and a sample is taken *at rest*: the same
 people in the same rooms, so that what differs is not the load. Between, samples are taken for the plot. What must not
 grow is judged by the samples at rest (`judge`): the median of the last third against that of the first third, when two
-turns of all faults are over (so three minutes are the least). What must be exact is compared every time: the gauges of connections, members and
-rooms.
+turns of all faults are over (so three minutes are the least). What must be exact is compared every time: the gauges of
+connections, members and rooms.
 
 Slot 0 is never killed: a leak in a worker shows there. Slot 1 is, over and over: a leak in the supervisor or in the
 links shows in the others. The server does not tell how many asyncio tasks it has; what a task would hold, connections,
