@@ -220,6 +220,9 @@ def _judge(environment: Environment, **_: Any) -> None:
     if isinstance(runner, WorkerRunner):
         environment.process_exit_code = 0  # the master judges
         return
+    if _load.engine is not None:  # a signal: Locust judges before it stops its users
+        report(environment, _load.engine)
+        _load.totals["this process"] = _load.count()
     totals = _load.totals.values()
     sent, received, most = (sum(total[i] for total in totals) for i in range(3))
     seconds = max((total[3] for total in totals), default=0.0) or 1.0

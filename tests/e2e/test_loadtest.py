@@ -17,7 +17,7 @@ from websockets.exceptions import ConnectionClosed
 
 from loadtest.run import LOCUSTFILE
 
-from .conftest import Server
+from .conftest import Server, until
 
 ROOT = Path(__file__).parent.parent.parent
 SECONDS = 6
@@ -191,3 +191,23 @@ async def test_answer_that_does_not_come_is_a_timeout(
     assert outcome.code == 1, outcome.log
     assert int(outcome.rows["caller", row]["Failure Count"]) > 0
     assert "LoadError('timeout')" in outcome.errors
+
+
+def test_run_that_a_signal_ends_is_judged_by_what_it_has(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve()
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "locust", "--locustfile", str(LOCUSTFILE), "--headless", "--host", server.url,
+            "--users", "20", "--spawn-rate", "20", "--csv", "result", *BRISK,
+        ],
+        cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        table = tmp_path / "result_stats.csv"
+        until(lambda: table.exists() and "offer to answer" in table.read_text(encoding="utf-8"), "no call was made")
+        process.terminate()
+        _, log = process.communicate(timeout=END_S)
+    finally:
+        process.kill()
+    assert process.returncode == 0, log
+    assert "nothing was heard" not in log and ", 0 messages sent" not in log
