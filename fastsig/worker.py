@@ -130,12 +130,12 @@ class Worker:
 
     async def run(self) -> ExitCode:
         """Serve until told to stop; then close whoever is left and wait for them, at most `GOODBYE_S`."""
+        await self._join_mesh()  # first: a join that came before its links would find rooms that seem empty
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
             acceptor = Acceptor(self._loop, listener, self.door.serve, is_shared=self._boot.shares_listeners)
             self._acceptors[listener] = acceptor
-        await self._join_mesh()
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
         self._beat()
