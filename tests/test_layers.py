@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 LAYERS = (
     ("words", "errors config"),
     ("core", "_relay"),
-    ("pure", "protocol routing limits sessions auth turn"),
+    ("pure", "protocol routing calls limits sessions auth turn"),
     ("seen", "metrics tracing logs"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
