@@ -39,8 +39,9 @@ ROOM_SIZES: Final = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128",
 HANDSHAKES: Final = ("accepted", "passed", *HTTP_STATUS, "timeout", "gone")
 ENDS_BY_CLIENT: Final = (("1000", "client"), ("1001", "client"), ("1005", "client"), ("other", "client"))
 LOST: Final = ("1006", "lost")
+_NOT_OURS: Final = (*ENDS_BY_CLIENT, LOST)
 ENDS: Final = (
-    *ENDS_BY_CLIENT, LOST, *((str(int(code)), code.name.lower()) for code in CloseCode if code != CloseCode.NORMAL),
+    *_NOT_OURS, *((str(int(code)), code.name.lower()) for code in CloseCode if code != CloseCode.NORMAL),
 )  # fmt: skip
 ROUTES: Final = ("local", "to_owner", "for_home")
 OUTCOMES: Final = ("connected", "failed", "disconnected", "closed")
@@ -90,10 +91,6 @@ class Histogram(NamedTuple):
     first: int
     bounds: tuple[float, ...]
     scale: int
-
-
-def _one(label: str, values: Sequence[str]) -> dict[str, tuple[str, ...] | tuple[tuple[str, ...], ...]]:
-    return {"labels": (label,), "series": tuple((value,) for value in values)}
 
 
 def _each(*labels: tuple[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
@@ -251,9 +248,16 @@ def histogram(name: str) -> Histogram:
 def disconnect(code: int, *, is_by_client: bool) -> int:
     """The word for a WebSocket that ended with a close frame: the client's, with `code` 0 for none, or ours."""
     if is_by_client:
-        known = {values[0]: values for values in ENDS_BY_CLIENT}
-        return index("disconnects_total", *known.get(str(code or 1005), known["other"]))
-    return index("disconnects_total", str(code), CloseCode(code).name.lower())
+        return _BY_CLIENT.get(code or 1005, _BY_CLIENT[0])
+    return _BY_US.get(code, _BY_US[CloseCode.PROTOCOL_ERROR])  # picows knows another way to say that
+
+
+_BY_CLIENT: Final = {
+    0 if code == "other" else int(code): index("disconnects_total", code, who) for code, who in ENDS_BY_CLIENT
+}
+_BY_US: Final = {
+    int(code): index("disconnects_total", code, reason) for code, reason in ENDS if (code, reason) not in _NOT_OURS
+}
 
 
 def summary(words: Sequence[int]) -> dict[str, int]:
