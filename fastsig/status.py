@@ -312,8 +312,8 @@ def _others(directory: Path) -> str:
 
 _COLUMNS: Final = {
     "connections": "connections", "rooms": "rooms", "members": "members", "remote": "remote_members",
-    "received": "received_messages_total", "sent": "sent_messages_total", "errors": "errors_total",
-    "restarts": "worker_restarts_total",
+    "received": "received_messages_total", "sent": "sent_messages_total", "away": 'relays_total{route="to_owner"}',
+    "passed": 'handshakes_total{result="passed"}', "errors": "errors_total", "restarts": "worker_restarts_total",
 }  # fmt: skip
 _BYTES: Final = 4096
 ANSWER_BYTES: Final = 1 << 24  # 1,024 slots that count all there is need 13 MB
@@ -641,8 +641,13 @@ def _sum(all_counters: Iterable[dict[str, int]]) -> dict[str, int]:
 
 def _counted(counters: dict[str, int]) -> list[str]:
     """A server of another version may not have all."""
-    counts = [str(counters.get(name, "-")) for name in _COLUMNS.values()]
+    counts = [_count(counters, name) for name in _COLUMNS.values()]
     return counts + [_mebibytes(counters[name]) if name in counters else "-" for name in _BYTES.values()]
+
+
+def _count(counters: dict[str, int], name: str) -> str:
+    """A series that is 0 is left out of a `metrics.summary`."""
+    return str(counters.get(name, 0 if name.partition("{")[0] in counters else "-"))
 
 
 def _mebibytes(count: int) -> str:

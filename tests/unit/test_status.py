@@ -70,22 +70,23 @@ def test_cpu_is_that_of_the_same_process_between_two_looks() -> None:
 def test_table_has_a_row_for_each_slot_also_without_a_worker() -> None:
     full = _worker(
         0, 4712, connections=3, rooms=2, members=5, remote_members=4, sent_messages_total=1 << 40,
-        errors_total=6, received_messages_total=9, worker_restarts_total=1, received_bytes_total=1 << 20, sent_bytes_total=3 << 19,
+        errors_total=6, received_messages_total=9, worker_restarts_total=1,
+        **{'relays_total{route="to_owner"}': 8}, received_bytes_total=1 << 20, sent_bytes_total=3 << 19,
     )  # fmt: skip
     text = status.table(_server(msgspec.structs.replace(full, cpu_percent=31.94), _worker(1, None)), now=1e9 + 11520)
     first, head, *rows = text.splitlines()
     assert first == "fastsig 1.2.3, pid 4711, up 3 h 12 min: ws://a/ws ws://b/ws"
     columns = (
-        "slot  pid  generation  up since  connections  rooms  members  remote  received  sent  errors"
+        "slot  pid  generation  up since  connections  rooms  members  remote  received  sent  away  passed  errors"
         "  restarts  MiB in  MiB out  CPU %  RSS MiB"
     )
     assert re.split(r"\s{2,}", head.strip()) == columns.split("  ")
     assert re.sub(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", "DATE", rows[0]).split() == [
         "0", "4712", "2", "DATE",
-        "3", "2", "5", "4", "9", "1099511627776", "6", "1", "1.0", "1.5", "31.9", "64.0",
+        "3", "2", "5", "4", "9", "1099511627776", "8", "0", "6", "1", "1.0", "1.5", "31.9", "64.0",
     ]  # fmt: skip
-    assert rows[1].split() == ["1", "-", "2", "-", *["0"] * 8, "0.0", "0.0", "-", "-"]
-    assert rows[2].split() == ["all", "3", "2", "5", "4", "9", "1099511627776", "6", "1", "1.0", "1.5"]
+    assert rows[1].split() == ["1", "-", "2", "-", *["0"] * 10, "0.0", "0.0", "-", "-"]
+    assert rows[2].split() == ["all", "3", "2", "5", "4", "9", "1099511627776", "8", "0", "6", "1", "1.0", "1.5"]
     assert len({len(line) for line in (head, *rows)}) == 1
 
 
