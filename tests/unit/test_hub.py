@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from fastsig import logs, metrics
+from fastsig import metrics
 from fastsig.config import Limits
 from fastsig.errors import CloseCode
 from fastsig.hub import Hub
@@ -487,7 +487,6 @@ async def test_report_of_a_room_that_another_worker_owns_counts_where_it_was_mad
 async def test_bug_is_logged_with_the_connection_that_met_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logs.configure("info", "json")
     host = Host(place=Place(Address("", 3), 7))
     host.join("a")
     b = host.join("b")
@@ -495,9 +494,9 @@ async def test_bug_is_logged_with_the_connection_that_met_it(
     monkeypatch.setitem(host.hub._handlers, "ping", lambda connection, message: 1 / 0)
     b.say(type="ping", payload="a secret")
     assert b.take_close() == 1011
-    (line,) = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
-    assert (line["event"], line["connection"], line["peer"]) == ("internal_error", "3.7.2", "b")
-    assert "ZeroDivisionError" in line["exception"] and "a secret" not in json.dumps(line)
+    said = capsys.readouterr().err
+    assert "internal_error connection=3.7.2 peer=b" in said and "ZeroDivisionError" in said
+    assert "a secret" not in said
 
 
 # ---- other limits while it runs

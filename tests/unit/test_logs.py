@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import os
