@@ -411,6 +411,7 @@ async def test_offer_that_reaches_nobody_takes_no_place(host: Host) -> None:
     for number in range(8):
         client = host.join("a", room=f"r{number}")
         client.say(type="offer", room=f"r{number}", recipient="nobody")
+        client.say(type="offer", room=f"r{number}")
         client.vanish()
     host.advance(1.0)
     assert "watched_rooms" not in host.counted()
