@@ -333,7 +333,9 @@ def test_counts_add_up_whatever_is_said(messages: list[Any], spent: int, empty: 
 
 
 @given(
-    offers=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1]), unique=True),
+    offers=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1]), unique=True
+    ),
     answers=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1])),
     chance=st.randoms(use_true_random=False),
 )
