@@ -123,7 +123,7 @@ class Calls(Generic[_Room]):
         offer = min(fitting, key=offers.__getitem__, default=None)
         if offer is None:
             return
-        self._sink.observe(_ANSWER_SECONDS, max(0.0, at - offers.pop(offer)))
+        self._sink.observe(_ANSWER_SECONDS, at - offers.pop(offer))
         self._sink.count(_OFFERS["answered"])
         for own in ((sender, offer[0]), (sender, 0)):
             if offers.pop(own, None) is not None:
