@@ -282,6 +282,18 @@ async def test_watched_room_is_spent_after_64_messages(host: Host) -> None:
     assert len(host.relay.take_seen()) == 1
 
 
+async def test_what_waits_to_be_looked_at_is_bounded(host: Host) -> None:
+    host.watch_rooms(100)
+    for number in range(100):
+        a, _b = host.join("a", f"room {number}"), host.join("b", f"room {number}")
+        for _ in range(64):
+            a.say(type="offer", room=f"room {number}", recipient="b", payload="x" * 16384)
+    seen = host.relay.take_seen()
+    assert sum(len(entry[4]) for entry in seen) < 4 * 2**20 + 101 * 16384
+    assert seen[0][0].is_spent
+    assert seen[-1][0].is_spent
+
+
 async def test_nothing_is_watched_when_that_is_off(host: Host) -> None:
     host.join("a").say(type="offer", room="r")
     assert host.relay.take_seen() == []
