@@ -209,6 +209,13 @@ class Ops:
     token: str = _option(
         "", "Token that its clients must show; needed beyond loopback.", reloads=True, secret=True, has_effect=True
     )
+    watched_rooms: int = _option(
+        64,
+        "Rooms per worker whose offers, answers and candidates are looked at for the metrics of calls; 0: none.",
+        most=4096,
+        reloads=True,
+        has_effect=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
