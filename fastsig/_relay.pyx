@@ -1871,15 +1871,15 @@ cdef class Relay:
             self.watches += 1
 
     cdef inline bint _is_watched(self, Room room) noexcept:
-        """Also: watch it from this offer on, while there is a place."""
-        if room.watch == 0 and self.kind == OFFER and self.watches > 0:
-            room.watch = WATCHED_MESSAGES
-            self.watches -= 1
-        return room.watch > 0
+        """Or is it from this offer on, as there is a place?"""
+        return room.watch > 0 or room.watch == 0 and self.kind == OFFER and self.watches > 0
 
     cdef int _see(self, Member sender, Member recipient) except -1:
         cdef fs_envelope *e = &self.envelope
         cdef Room room = sender.room
+        if room.watch == 0:  # here, where it is handed out: who is not told of a watch never ends it
+            room.watch = WATCHED_MESSAGES
+            self.watches -= 1
         if room.watch > 0:
             room.watch -= 1
             if room.watch == 0:
@@ -2339,7 +2339,7 @@ cdef class Relay:
             n = self._envelope_size(sender, None)
             self._envelope(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, None)
             delivered = self._fan_out(sender.room, sender, header_size(n), n, self.kind, None, pending)
-            if is_watched:
+            if is_watched and PyList_GET_SIZE(sender.room.order) > 1:
                 self._see(sender, None)
         if pending is not None:
             pending.delivered = delivered

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
-    ("pure", "protocol routing health limits sessions auth turn"),
+    ("pure", "protocol routing calls health limits sessions auth turn"),
     ("seen", "tracing logs"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),

@@ -267,6 +267,7 @@ async def test_room_is_watched_from_an_offer_on(host: Host) -> None:
     assert (len(seen[0][4]), seen[1][4]) == (16384, b"")
     assert host.relay.take_seen() == []
     host.relay.end_watch(room)
+    host.join("e", "another")
     host.join("d", "another").say(type="offer", room="another")
     assert len(host.relay.take_seen()) == 1, "its place is free again"
 
