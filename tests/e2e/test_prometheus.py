@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a running server: the dashboard finds its metrics there, and alerts fire when they should."""
+"""A real Prometheus scrapes a running server: the dashboard finds its metrics there, and alerts fire in time."""
 
 import asyncio
 import contextlib
