@@ -371,8 +371,8 @@ with 0, and no peer can make a new one. Counters go on when a worker is replaced
 |---|---|---|---|
 """
 _LABELS: Final = """
-`worker` is the number of a slot, from 0; it is empty for the supervisor. `process` is `supervisor` or `worker`. The labels
-of `build_info` are versions. All others have these values, and no more:
+`worker` is the number of a slot, from 0; it is empty for the supervisor. `process` is `supervisor` or `worker`. The
+labels of `build_info` are versions. All others have these values, and no more:
 
 | label | of | values |
 |---|---|---|

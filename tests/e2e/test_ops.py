@@ -110,7 +110,7 @@ def test_processes_are_shown_as_the_kernel_sees_them(serve: Serve) -> None:
     resident = port.value("process_resident_memory_bytes", process="worker", worker="0")
     assert resident == pytest.approx(kernel.memory_bytes, rel=0.2)
     assert port.value("process_cpu_seconds_total", process="worker", worker="0") >= kernel.cpu_seconds
-    descriptors = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    descriptors = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
     assert port.value("process_open_fds", process="supervisor", worker="") == pytest.approx(descriptors, abs=3)
     assert port.value("process_max_fds", process="supervisor", worker="") >= 1024
     assert abs(port.value("start_time_seconds") - time.time()) < 60
@@ -294,7 +294,9 @@ def test_nobody_pays_for_the_port_who_has_none(serve: Serve) -> None:
     assert not _loaded(worker["pid"])
     assert not _loaded(other.process.pid)
     for command in (["--help"], ["config", "check"]):
-        source = f"import sys; from fastsig import cli; cli.main({command!r}); print(sorted(sys.modules), file=sys.stderr)"
+        source = (
+            f"import sys; from fastsig import cli; cli.main({command!r}); print(sorted(sys.modules), file=sys.stderr)"
+        )
         run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
         assert "'aiohttp" not in run.stderr and "'prometheus_client" not in run.stderr
 
