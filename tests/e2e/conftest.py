@@ -71,8 +71,8 @@ def run_with(
     """
     head = """\
         import os, signal, socket, sys, time
-        from fastsig.control import Channel, Drain, Failed, Hand, Handed, Heartbeat, Link, Ready, Reload, Stop, Stopped
-        from fastsig.control import Unlinked
+        from fastsig.control import Channel, Drain, Failed, Hand, Handed, Heartbeat, Inspect, Inspected, Link, Ready
+        from fastsig.control import Reload, Stop, Stopped, Unlinked
         end = socket.socket(fileno=int(sys.argv[1]))
         channel = Channel(end)
         boot = channel.receive()

@@ -324,6 +324,16 @@ async def test_silent_worker_holds_up_nobody_else(port: Port) -> None:
     assert (await waiting).status == 200
 
 
+async def test_answer_that_nobody_waits_for_is_given_up(port: Port) -> None:
+    port.subject.may_answer.clear()
+    before = len(asyncio.all_tasks())
+    for _ in range(3 * CLIENTS):
+        _, writer = await asyncio.open_connection(*port.address)
+        writer.write(b"GET /debug/stats HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        writer.transport.abort()
+    await until(lambda: len(asyncio.all_tasks()) <= before, "somebody still waits")
+
+
 async def test_close_cuts_off_who_waits_and_may_come_twice(port: Port) -> None:
     port.subject.may_answer.clear()
     waiting = asyncio.create_task(port.say(b"GET /debug/stats HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"))
