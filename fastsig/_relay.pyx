@@ -37,7 +37,7 @@ from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memchr, memcmp, memcpy, memmove
+from libc.string cimport memcmp, memcpy, memmove
 from picows.picows cimport WSFrame, WSListener, WSMsgType, WSTransport
 
 import os
@@ -187,15 +187,17 @@ cdef enum:
 cdef double ACK_S = 2.0      # PROTOCOL §3.2: a home that is silent for so long has delivered nothing
 cdef double OWNER_ACK_S = 2 * ACK_S  # the owner may have waited itself
 # What is counted: the first word of each family (`metrics` says what they mean and how their series are ordered).
-cdef size_t RECEIVED = metrics.FIRST["received_messages_total"]
-cdef size_t RECEIVED_TEXT = metrics.FIRST["received_message_bytes_total"]
-cdef size_t SENT = metrics.FIRST["sent_messages_total"]
-cdef size_t SENT_TEXT = metrics.FIRST["sent_message_bytes_total"]
-cdef size_t RECEIVED_BYTES = metrics.FIRST["received_bytes_total"]
-cdef size_t SENT_BYTES = metrics.FIRST["sent_bytes_total"]
-cdef size_t LOCAL = metrics.index("relays_total", "local")
-cdef size_t TO_OWNER = metrics.index("relays_total", "to_owner")
-cdef size_t FOR_HOME = metrics.index("relays_total", "for_home")
+cdef enum:  # what every message adds to: known to the compiler
+    RECEIVED = 0
+    RECEIVED_TEXT = 14
+    SENT = 28
+    SENT_TEXT = 44
+    RECEIVED_BYTES = 60
+    SENT_BYTES = 61
+    LOCAL = 62
+    TO_OWNER = 63
+    FOR_HOME = 64
+
 cdef size_t CONNECTIONS = metrics.FIRST["connections"]
 cdef size_t ACCEPTED = metrics.index("handshakes_total", "accepted")
 cdef size_t TIMEOUT = metrics.index("handshakes_total", "timeout")
@@ -213,10 +215,15 @@ cdef size_t WORDS = metrics.WORDS
 cdef object RELAY_SECONDS = metrics.histogram("relay_seconds")
 cdef object DURATION_SECONDS = metrics.histogram("connection_duration_seconds")
 cdef dict OF_RECEIVED = {name: place for place, name in enumerate(metrics.RECEIVED_TYPES)}
-cdef dict OF_SENT = {name.encode(): place for place, name in enumerate(metrics.SENT_TYPES)}
+cdef list SENT_NAMES = [f'{name}"'.encode() for name in metrics.SENT_TYPES]
 cdef int SIZES = len(metrics.ROOM_SIZES)
 if metrics.RELAYED_TYPES != ("offer", "answer", "ice-candidate", "message", "x-*"):
     raise InvariantError("`relayed_type` has another order")
+if (RECEIVED, RECEIVED_TEXT, SENT, SENT_TEXT, RECEIVED_BYTES, SENT_BYTES) != tuple(map(metrics.FIRST.get, (
+        "received_messages_total", "received_message_bytes_total", "sent_messages_total", "sent_message_bytes_total",
+        "received_bytes_total", "sent_bytes_total"))) or (LOCAL, TO_OWNER, FOR_HOME) != tuple(
+            metrics.index("relays_total", route) for route in ("local", "to_owner", "for_home")):
+    raise InvariantError("what every message adds to stands elsewhere")
 
 cdef bytes NULL_JSON = b"null"
 cdef tuple VERDICTS = ("ok", "bad_utf8", "bad_json", "bad_message", "too_large")
@@ -382,7 +389,7 @@ cdef class Room(Named):
     cdef public object max_peers     # int or None, from the join that made the room
     cdef public dict roster          # of a room that is owned elsewhere, the hub's: the owner's as far as we heard
     cdef readonly size_t pins        # who needs the roster, besides our members
-    cdef int watch                   # offers, answers and candidates that are still handed out; 0: not watched, -1: spent
+    cdef int watch                   # what is still handed out of its call; 0: it is not watched, -1: spent
 
     @property
     def is_spent(self):
@@ -1692,8 +1699,8 @@ cdef class Relay:
     cdef uint64_t *words            # WORDS of them
     cdef uint64_t serials           # connections numbered
     cdef int kind                   # `relayed_type` of the message in `envelope`
-    cdef uint64_t relays            # messages of peers to relay
-    cdef uint64_t sample_at, trace_at  # of `relays`, the next one that is timed, and traced
+    cdef uint64_t until_sample      # messages to relay until the next one that is timed
+    cdef uint64_t until_trace       # and, counted from the last that was timed, that is traced
     cdef uint64_t trace_every       # 0: never
     cdef double sampled_at          # when one that is timed was read, 0: none is on its way
     cdef tuple traced               # type and bytes of one that is traced, on its way
@@ -1708,7 +1715,7 @@ cdef class Relay:
         self.talking = []
         self.pending = {}
         self.seen = []
-        self.sample_at = SAMPLED
+        self.until_sample = SAMPLED
         self.pool = <char **>malloc(POOLED_CHUNKS * sizeof(char *))
         if self.pool == NULL:
             raise MemoryError
@@ -1738,8 +1745,8 @@ cdef class Relay:
         self.watches += <int>watched_rooms - self.watched_rooms
         self.watched_rooms = watched_rooms
         self.trace_every = trace_every
-        self.trace_at = self.relays + self.trace_every if trace_every else <uint64_t>-1
-        self.sample_at = min(self.relays + SAMPLED, self.trace_at)
+        self.until_trace = self.trace_every or <uint64_t>-1
+        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
 
     def bind(self, hub, edge):
         """Who decides, and who holds the sockets. Once, before the first connection."""
@@ -1797,9 +1804,10 @@ cdef class Relay:
         self.words[first + n + 1] += <uint64_t>(value * <double>histogram[2])
         return 0
 
-    cdef inline void _count_sent(self, int type, size_t n, uint32_t times) noexcept:
-        self.words[SENT + type] += times
-        self.words[SENT_TEXT + type] += times * n
+    cdef inline void _count_sent(self, size_t type, size_t n, size_t times) noexcept:
+        cdef uint64_t *words = self.words + type
+        words[SENT] += times
+        words[SENT_TEXT] += times * n
 
     cdef int _count_other(self, str type, size_t n) except -1:
         """A message that is not relayed; what we do not know, and what nobody can read, is `other`."""
@@ -1817,10 +1825,12 @@ cdef class Relay:
 
     cdef int _sample(self, size_t n) except -1:
         """The message in `envelope` is timed until the end of its loop turn, or traced, or both."""
-        if self.relays >= self.trace_at:
+        if self.until_trace <= SAMPLED:
             self.traced = (text_of(self.envelope.type), n)
-            self.trace_at = self.relays + self.trace_every
-        self.sample_at = min(self.relays + SAMPLED, self.trace_at)
+            self.until_trace = self.trace_every
+        elif self.trace_every:
+            self.until_trace -= SAMPLED
+        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
         if not self.sampled_at:
             self.sampled_at = self.clock()
         if not self.is_scheduled:  # it may be for nobody
@@ -2250,6 +2260,7 @@ cdef class Relay:
 
         A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
         cdef int verdict
+        cdef uint64_t *words
         cdef Message message
         if connection.is_undecided:
             return connection._keep(p, n)
@@ -2257,10 +2268,11 @@ cdef class Relay:
         if verdict == FS_OK:
             self.kind = relayed_type(self.envelope.type.p, self.envelope.type.n)
             if self.kind >= 0:
-                self.words[RECEIVED + self.kind] += 1
-                self.words[RECEIVED_TEXT + self.kind] += n
-                self.relays += 1
-                if self.relays >= self.sample_at:
+                words = self.words + self.kind
+                words[RECEIVED] += 1
+                words[RECEIVED_TEXT] += n
+                self.until_sample -= 1
+                if self.until_sample == 0:
                     self._sample(n)
                 return self._relay(connection)
             message = message_of(&self.envelope)
@@ -2391,8 +2403,9 @@ cdef class Relay:
 
     cdef uint32_t _fan_out(self, Room room, Member but, size_t header, size_t n, int type, bytes word,
                            Pending pending=None) except? 0xffffffff:
-        """The frame in the scratch buffer (a header and n bytes, of that `sent_type`) to everybody but one; a worker that has several of
-        them gets one frame, `word` or a broadcast. Never yields: a directed message would overtake it."""
+        """The frame in the scratch buffer (a header and n bytes, of that `sent_type`) to everybody but one; a worker
+        that has several of them gets one frame, `word` or a broadcast. Never yields: a directed message would overtake
+        it."""
         cdef Py_ssize_t i, members = PyList_GET_SIZE(room.order)
         cdef Member member
         cdef Connection connection
@@ -2511,13 +2524,30 @@ cdef inline int relayed_type(const char *type, size_t n) noexcept:
     return -1
 
 
-cdef int sent_type(const char *text, size_t n):
+cdef int sent_type(const char *text, size_t n) noexcept:
     """Which of `metrics.SENT_TYPES` a text of ours is: all begin with {"type":"…" """
-    cdef const char *end = NULL if n < 10 else <const char *>memchr(text + 9, b'"', min(n - 9, <size_t>65))
-    cdef int type = -1 if end == NULL else relayed_type(text + 9, end - text - 9)
-    if type < 0:
-        type = OF_SENT.get(b"" if end == NULL else text[9:end - text], OF_SENT[b"other"])
-    return type
+    cdef const char *type = text + 9
+    cdef Py_ssize_t place
+    cdef bytes name
+    if n < 12:
+        return <int>PyList_GET_SIZE(SENT_NAMES) - 1
+    if n > 24:  # a relayed one also names room and sender
+        if memcmp(type, b'offer"', 6) == 0:
+            return OFFER
+        if memcmp(type, b'answer"', 7) == 0:
+            return ANSWER
+        if memcmp(type, b'ice-candidate"', 14) == 0:
+            return CANDIDATE
+        if memcmp(type, b'message"', 8) == 0:
+            return MESSAGE
+        if memcmp(type, b"x-", 2) == 0:
+            return EXTENSION
+    for place in range(EXTENSION + 1, PyList_GET_SIZE(SENT_NAMES)):
+        name = <bytes>PyList_GET_ITEM(SENT_NAMES, place)
+        if PyBytes_AS_STRING(name)[0] == type[0] and <size_t>PyBytes_GET_SIZE(name) < n - 9 and memcmp(
+                type, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)) == 0:
+            return <int>place
+    return <int>PyList_GET_SIZE(SENT_NAMES) - 1
 
 
 cdef inline int size_class(size_t members) noexcept:

@@ -10,9 +10,9 @@ Must not know: processes, HTTP. Imports prometheus_client, so it is imported lat
 import importlib.metadata
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -49,7 +49,10 @@ class Subject(Protocol):
     def usage(self) -> Iterable[tuple[tuple[str, str], Usage]]: ...  # by the values of `process` and `worker`
 
 
-_KINDS: Final = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+_AnyFamily = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
+_KINDS: Final[dict[str, Callable[..., Any]]] = {
+    "counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily,
+}  # fmt: skip
 _OF_PROCESSES: Final = {
     "process_cpu_seconds_total": "cpu_seconds",
     "process_resident_memory_bytes": "memory_bytes",
@@ -104,7 +107,9 @@ class Exposition(Collector):
 def _known(name: str, samples: Iterable[tuple[Sequence[str], float]]) -> Metric:
     """A family without buckets, from its values by labels."""
     family = BY_NAME[name]
-    metric = _KINDS[family.kind](PREFIX + name, family.help, labels=family.labels)
+    metric: CounterMetricFamily | GaugeMetricFamily = _KINDS[family.kind](
+        PREFIX + name, family.help, labels=family.labels
+    )
     for labels, value in samples:
         metric.add_metric(labels, value)
     return metric
@@ -113,8 +118,7 @@ def _known(name: str, samples: Iterable[tuple[Sequence[str], float]]) -> Metric:
 def _metric(family: Family, slabs: Iterable[tuple[tuple[str, ...], Sequence[int]]]) -> Metric:
     """A family of the map. `slabs`: the words of one worker, or of all together, and the labels that this adds."""
     labels = [*family.labels, *(["worker"] if family.is_by_worker else [])]
-    kind = HistogramMetricFamily if family.kind == "histogram" else _KINDS[family.kind]
-    metric = kind(PREFIX + family.name, family.help, labels=labels)
+    metric: _AnyFamily = _KINDS[family.kind](PREFIX + family.name, family.help, labels=labels)
     for worker, words in slabs:
         at = FIRST[family.name]
         for series in family.series:

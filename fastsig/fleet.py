@@ -13,8 +13,7 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Final
 
-from . import health
-from .health import State
+from .health import Slot, State
 
 SETTLED_S: Final = 10.0  # a worker that lived this long did not die of its start (ARCHITECTURE §2)
 FIRST_RETRY_S: Final = 0.1
@@ -185,12 +184,12 @@ class Fleet:
             if slot.due_at is not None or slot.is_given_up or (slot.is_ready and not slot.is_serving)
         ]
 
-    def health(self, slot: int) -> health.Slot:
+    def health(self, slot: int) -> Slot:
         """What its worker does, for those who ask."""
         this = self._slots[slot]
         if this.due_at is not None:
-            return health.Slot("absent")
-        return health.Slot(self._state(this), this.silent_s, this.is_full)
+            return Slot("absent")
+        return Slot(self._state(this), this.silent_s, this.is_full)
 
     def _state(self, slot: _Slot) -> State:
         if slot.is_given_up or (slot.is_ready and not slot.is_serving):

@@ -1,16 +1,16 @@
 """What is counted: each number once, by name; and where it stands: one shared map for all processes of a server.
 
-`FAMILIES` is the registry: what `/metrics` shows is made from it (`exposition`), and so is docs/metrics.md. A family has
-one series per combination of its labels, all of them known here: nothing that a peer says becomes a label. A histogram's
-series is one word per bound, one for what is above the last, and the sum.
+`FAMILIES` is the registry: what `/metrics` shows is made from it (`exposition`), and so is docs/metrics.md. A family
+has one series per combination of its labels, all of them known here: nothing that a peer says becomes a label. A
+histogram's series is one word per bound, one for what is above the last, and the sum.
 
-The map has one slab per slot, a whole number of pages, of unsigned 64-bit words. The supervisor makes it (`Counters`) and
-reads it; a worker inherits the descriptor, maps its own slab (`open_slab`) and gives it to the relay, which adds to a
-word with one instruction. `first` says which word; a time is kept in nanoseconds (`Family.scale`).
+The map has one slab per slot, a whole number of pages, of unsigned 64-bit words. The supervisor makes it (`Counters`)
+and reads it; a worker inherits the descriptor, maps its own slab (`open_slab`) and gives it to the relay, which adds to
+a word with one instruction. `FIRST` says where a family begins; a time is kept in nanoseconds (`Family.scale`).
 
-Invariants: a word has one writer, the slot's worker (`worker_restarts_total`: the supervisor), so that nothing is locked
-and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word is
-aligned: a reader sees it whole, but two words of one moment need not fit together.
+Invariants: a word has one writer, the slot's worker (`worker_restarts_total`: the supervisor), so that nothing is
+locked and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word
+is aligned: a reader sees it whole, but two words of one moment need not fit together.
 """
 
 import math
@@ -48,6 +48,7 @@ OUTCOMES: Final = ("connected", "failed", "disconnected", "closed")
 CANDIDATES: Final = ("host", "srflx", "prflx", "relay")
 PROTOCOLS: Final = ("udp", "tcp")
 UNKNOWN: Final = "unknown"
+_TYPES: Final = (*CANDIDATES, UNKNOWN)
 OFFERS: Final = ("answered", "unanswered", "collided")
 
 
@@ -57,8 +58,8 @@ class Family:
     each of `bounds`.
 
     `name` is without `PREFIX`. `series`: the values of `labels`, in their order. `scale`: words per unit that is shown.
-    `is_by_worker`: shown with a label `worker` instead of summed. `source`: "map" is counted in the shared map, "scrape"
-    is found out when somebody asks.
+    `is_by_worker`: shown with a label `worker` instead of summed. `source`: "map" is counted in the shared map,
+    "scrape" is found out when somebody asks.
     """
 
     name: str
@@ -148,7 +149,9 @@ FAMILIES: Final = (
     Family("waiting_output_bytes", "gauge", "Output that the kernel refused so far: readers are slow."),
     Family("blocked_connections", "gauge", "Connections with such output."),
     # rooms
-    Family("rooms", "gauge", "Rooms with somebody in them, by the number of their members.", *_each(("size", ROOM_SIZES))),
+    Family(
+        "rooms", "gauge", "Rooms with somebody in them, by the number of their members.", *_each(("size", ROOM_SIZES))
+    ),
     Family("members", "gauge", "Memberships: a peer counts once in each of its rooms.", is_by_worker=True),
     Family("remote_members", "gauge", "Those of the members whose room is owned by another worker."),
     Family("errors_total", "counter", "Messages answered with an error.", *_each(("code", tuple(CATALOGUE)))),
@@ -177,7 +180,7 @@ FAMILIES: Final = (
     Family(
         "peer_connection_paths_total", "counter",
         "The candidate types and protocol that reports of `connected` named.",
-        *_each(("local", (*CANDIDATES, UNKNOWN)), ("remote", (*CANDIDATES, UNKNOWN)), ("protocol", (*PROTOCOLS, UNKNOWN))),
+        *_each(("local", _TYPES), ("remote", _TYPES), ("protocol", (*PROTOCOLS, UNKNOWN))),
     ),
     # and as it looks from here, in the sample of rooms that is watched
     Family("watched_rooms", "gauge", "Rooms that are watched now: from an offer on, for 30 s."),
@@ -191,7 +194,7 @@ FAMILIES: Final = (
     ),
     Family(
         "watched_candidates_total", "counter", "ICE candidates in watched rooms, also those inside offers and answers.",
-        *_each(("type", (*CANDIDATES, UNKNOWN))),
+        *_each(("type", _TYPES)),
     ),
     Family(
         "candidates_per_pair", "histogram", "ICE candidates that two peers of a watched room sent each other.",
@@ -371,8 +374,8 @@ with 0, and no peer can make a new one. Counters go on when a worker is replaced
 |---|---|---|---|
 """
 _LABELS: Final = """
-`worker` is the number of a slot, from 0; it is empty for the supervisor. `process` is `supervisor` or `worker`. The labels
-of `build_info` are versions. All others have these values, and no more:
+`worker` is the number of a slot, from 0; it is empty for the supervisor. `process` is `supervisor` or `worker`. The
+labels of `build_info` are versions. All others have these values, and no more:
 
 | label | of | values |
 |---|---|---|

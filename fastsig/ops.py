@@ -1,13 +1,13 @@
 """The operations port: metrics, health, and what the server knows of itself, over HTTP, answered by the supervisor.
 
 `PATHS` is all there is. Who may ask: with a token (`ops.token`) only who shows it; without one, which is for loopback
-only, everybody who names this machine in `Host` by an address or its own name, so that no web page can have its visitor's
-browser read this port under a name of its own (DNS rebinding). Health without `?verbose` says yes or no to anybody.
+only, everybody who names this machine in `Host` by an address or its own name: then no web page can have the browser of
+a visitor read this port under a name of its own (DNS rebinding). Health without `?verbose` is a yes or no for anybody.
 
 Invariants: nobody who connects holds up the server. A connection is one request, gone after `CLIENT_S`; of `CLIENTS` at
 once the oldest makes room for one more; an answer is made at once, but for /debug/stats, which waits for no worker that
 is silent. No answer repeats anything of the request, and nothing of a stranger's reaches the log.
-Must not know: workers, processes, the map. Imports aiohttp (0.15 s, 35 MiB), so it is imported late, by the supervisor.
+Must not know: workers, processes, the map. Imports aiohttp (0.15 s, 13 MiB), so it is imported late, by the supervisor.
 Read `health` for what the answers mean, `exposition` for the metrics.
 """
 
@@ -15,11 +15,12 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
-from aiohttp import hdrs, web
+from aiohttp import web
 
 from . import exposition, logs
 from .config import HEALTH_PATHS, Ops
@@ -38,8 +39,9 @@ PATHS: Final = {
     "/health/ready": "200 while new connections are welcome, else 503; also /readyz; ?verbose says why",
     "/debug/stats": "JSON: each worker's state, loop lag, memory, tables and buffers",
 }
-_LIVE, _READY = HEALTH_PATHS[::2], HEALTH_PATHS[1::2]
-_HEADERS: Final = {hdrs.CACHE_CONTROL: "no-store", "X-Content-Type-Options": "nosniff", hdrs.SERVER: "fastsig"}
+_LIVE: Final = HEALTH_PATHS[::2]
+_HOST: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+))(?::[0-9]*)?")  # and a port
+_HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "fastsig"}
 
 
 class Subject(exposition.Subject, Protocol):
@@ -58,7 +60,9 @@ class Operations:
         self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._was_short = False  # said once, until somebody is accepted
         self.configure(ops)
-        self._runner = web.AppRunner(self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1)
+        self._runner = web.AppRunner(
+            self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
+        )
 
     def configure(self, ops: Ops) -> None:
         """Holds from the next request on."""
@@ -141,7 +145,7 @@ class Operations:
 
     async def _serve(self, connection: socket.socket) -> None:
         server = self._runner.server
-        assert server is not None  # noqa: S101 # it is set up
+        assert server is not None  # it is set up
         loop = asyncio.get_running_loop()
         transport, client = await loop.connect_accepted_socket(lambda: _Client(server, loop), connection)
         try:
@@ -160,7 +164,7 @@ class Operations:
         try:
             response = self._refusal(request) or await handler(request)
         except web.HTTPException as error:  # the router's 404 and 405
-            allowed = {hdrs.ALLOW: "GET, HEAD"} if isinstance(error, web.HTTPMethodNotAllowed) else {}
+            allowed = {"Allow": "GET, HEAD"} if isinstance(error, web.HTTPMethodNotAllowed) else {}
             response = _text(error.reason, error.status, allowed)
         response.headers.update(_HEADERS)
         response.force_close()
@@ -172,13 +176,13 @@ class Operations:
         if self._token:
             if self._is_known(request):
                 return None
-            return _text("a token is needed here", 401, {hdrs.WWW_AUTHENTICATE: 'Bearer realm="fastsig"'})
-        if not self._is_ours(request.headers.getall(hdrs.HOST, [])):
+            return _text("a token is needed here", 401, {"WWW-Authenticate": 'Bearer realm="fastsig"'})
+        if not self._is_ours(request.headers.getall("Host", [])):
             return _text("this server does not go by that name: ask for it by its address", 421)
         return None
 
     def _is_known(self, request: web.Request) -> bool:
-        scheme, _, token = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")
         return hmac.compare_digest(given, self._token) and scheme.lower() == "bearer"
 
@@ -186,7 +190,9 @@ class Operations:
         """Does the one Host name this machine in a way that no stranger's DNS can?"""
         if len(hosts) != 1:
             return False
-        host = _without_port(hosts[0]).lower()
+        if not (found := _HOST.fullmatch(hosts[0].lower())):
+            return False
+        host = found["bracketed"] or found["plain"]
         return host in {"localhost", self._name} or _is_address(host)
 
     # ---- answers
@@ -195,8 +201,8 @@ class Operations:
         return _text("\n".join(f"{path}  {what}" for path, what in PATHS.items()))
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        page, content_type = self._exposition.render(request.headers.get(hdrs.ACCEPT, ""))
-        return web.Response(body=page, headers={hdrs.CONTENT_TYPE: content_type})
+        page, content_type = self._exposition.render(request.headers.get("Accept", ""))
+        return web.Response(body=page, headers={"Content-Type": content_type})
 
     async def _health(self, request: web.Request) -> web.Response:
         health = self._subject.health()
@@ -235,7 +241,7 @@ class _Client(web.RequestHandler):
     ) -> web.StreamResponse:
         """aiohttp's own logs a stranger's nonsense with a traceback and an address, and sends it back."""
         if status >= 500:
-            _log.error("internal_error", exc_info=exc)
+            _log.exception("internal_error")
         response = _text("Bad Request" if status < 500 else "Internal Server Error", status, _HEADERS)
         response.force_close()
         return response
@@ -247,13 +253,6 @@ def _text(text: str, status: int = 200, headers: Mapping[str, str] | None = None
 
 def _is_verbose(request: web.Request) -> bool:
     return "verbose" in request.query
-
-
-def _without_port(host: str) -> str:
-    """Of a Host header; the brackets of an IPv6 address go too."""
-    if host.startswith("["):
-        return host[1:].partition("]")[0]
-    return host.partition(":")[0]
 
 
 def _is_address(text: str) -> bool:

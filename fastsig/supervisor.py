@@ -383,7 +383,7 @@ class Supervisor:
     async def _open_operations(self, operators: list[socket.socket]) -> None:
         if not operators or self._fleet.is_over:
             return
-        from .ops import Operations  # noqa: PLC0415 # 0.15 s, while the workers start, and 35 MiB
+        from .ops import Operations  # noqa: PLC0415 # 0.15 s, while the workers start, and 13 MiB
 
         self._operations = Operations(self._overview, self._config.ops)
         await self._operations.open(operators)

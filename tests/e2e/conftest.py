@@ -2,8 +2,8 @@
 
 No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
 
-A server has one worker, and no operations port, unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT has its tests that take
-`server` run with each of these numbers of workers.
+A server has one worker, and no operations port, unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT
+has its tests that take `server` run with each of these numbers of workers.
 
 FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
 """
@@ -71,8 +71,8 @@ def run_with(
     """
     head = """\
         import os, signal, socket, sys, time
-        from fastsig.control import Channel, Drain, Failed, Hand, Handed, Heartbeat, Link, Ready, Reload, Stop, Stopped
-        from fastsig.control import Unlinked
+        from fastsig.control import Channel, Drain, Failed, Hand, Handed, Heartbeat, Inspect, Inspected, Link, Ready
+        from fastsig.control import Reload, Stop, Stopped, Unlinked
         end = socket.socket(fileno=int(sys.argv[1]))
         channel = Channel(end)
         boot = channel.receive()

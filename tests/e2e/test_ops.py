@@ -73,6 +73,12 @@ def _run(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
 
 
+def _answers(port: Port) -> bool:
+    with contextlib.suppress(OSError):
+        return port.get("/livez").status == 200
+    return False
+
+
 # ---- a server that is well
 
 
@@ -110,7 +116,7 @@ def test_processes_are_shown_as_the_kernel_sees_them(serve: Serve) -> None:
     resident = port.value("process_resident_memory_bytes", process="worker", worker="0")
     assert resident == pytest.approx(kernel.memory_bytes, rel=0.2)
     assert port.value("process_cpu_seconds_total", process="worker", worker="0") >= kernel.cpu_seconds
-    descriptors = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    descriptors = len(list(Path(f"/proc/{server.process.pid}/fd").iterdir()))
     assert port.value("process_open_fds", process="supervisor", worker="") == pytest.approx(descriptors, abs=3)
     assert port.value("process_max_fds", process="supervisor", worker="") >= 1024
     assert abs(port.value("start_time_seconds") - time.time()) < 60
@@ -172,20 +178,36 @@ def test_server_whose_only_worker_is_stuck_is_not_ready(serve: Serve) -> None:
     until(lambda: port.get("/readyz").status == 200, "nobody noticed that it is well")
 
 
-def test_many_who_ask_of_a_stuck_worker_send_it_one_question(serve: Serve) -> None:
-    _, port = opened(serve)
-    (worker,) = port.workers()
-    os.kill(worker["pid"], signal.SIGSTOP)
+_SLOW = """
+channel.send(Ready(1))
+asked = 0
+while not isinstance(message := channel.receive(), Stop):
+    if isinstance(message, Inspect):
+        asked += 1
+        open("asked", "w").write(str(asked))
+        while asked == 1 and not os.path.exists("go"): time.sleep(0.02)
+        channel.send(Inspected({"asked": asked}))
+"""
+
+
+def test_worker_that_has_not_answered_is_not_asked_again(tmp_path: Path) -> None:
+    """Or questions would heap up before one that is stuck."""
+    number = free_port()
+    process = run_with(tmp_path, _SLOW, options={"ops.port": number, "server.drain_seconds": 0.0})
+    port = Port(number)
     try:
+        until(lambda: _answers(port) and port.get("/readyz").status == 200, "it is never ready")
         threads = [threading.Thread(target=port.get, args=("/debug/stats",)) for _ in range(10)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(END_S)
-        assert port.workers()[0]["error"]
+        assert port.workers()[0]["error"] == "no answer within 1 s"
+        (tmp_path / "go").touch()
+        until(lambda: port.workers()[0].get("stats") == {"asked": 2}, "it is not asked again")
     finally:
-        os.kill(worker["pid"], signal.SIGCONT)
-    until(lambda: "stats" in port.workers()[0], "it does not answer again")
+        process.terminate()
+        process.communicate(timeout=END_S)
 
 
 def test_dead_worker_is_replaced_and_counted(serve: Serve) -> None:
@@ -203,13 +225,8 @@ def test_server_that_starts_is_live_and_not_ready(tmp_path: Path) -> None:
     process = run_with(tmp_path, waits, options={"ops.port": number, "server.drain_seconds": 0.0})
     port = Port(number)
 
-    def answers() -> bool:
-        with contextlib.suppress(OSError):
-            return port.get("/livez").status == 200
-        return False
-
     try:
-        until(answers, "the port is not open while the worker starts")
+        until(lambda: _answers(port), "the port is not open while the worker starts")
         assert port.get("/readyz").status == 503
         assert "[-]worker 0 starting" in port.get("/readyz?verbose").body
         (tmp_path / "go").touch()
@@ -294,7 +311,9 @@ def test_nobody_pays_for_the_port_who_has_none(serve: Serve) -> None:
     assert not _loaded(worker["pid"])
     assert not _loaded(other.process.pid)
     for command in (["--help"], ["config", "check"]):
-        source = f"import sys; from fastsig import cli; cli.main({command!r}); print(sorted(sys.modules), file=sys.stderr)"
+        source = (
+            f"import sys; from fastsig import cli; cli.main({command!r}); print(sorted(sys.modules), file=sys.stderr)"
+        )
         run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
         assert "'aiohttp" not in run.stderr and "'prometheus_client" not in run.stderr
 

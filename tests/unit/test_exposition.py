@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
 
+from fastsig import metrics
 from fastsig.exposition import Exposition
 from fastsig.health import Health, Slot
 from fastsig.metrics import FAMILIES, FIRST, IN_MAP, NANO, PREFIX, WORDS, histogram, index
@@ -147,7 +149,22 @@ def test_openmetrics_is_given_to_who_asks_for_it(subject: Subject) -> None:
     page, content_type = Exposition(subject).render(OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text; version=1.0")
     assert page.endswith(b"# EOF\n")
-    assert len(list(parse_openmetrics(page.decode()))) == len(FAMILIES)
+    assert len(list(parse_openmetrics(page.decode()))) == len(FAMILIES)  # type: ignore[no-untyped-call]
+
+
+def test_page_in_docs_is_the_one_that_the_registry_makes() -> None:
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
+    assert page.read_text(encoding="utf-8") == metrics.document(), "python -m fastsig.metrics > docs/metrics.md"
+
+
+def test_page_in_docs_names_every_series() -> None:
+    page = metrics.document()
+    for family in FAMILIES:
+        assert f"| `{PREFIX}{family.name}` |" in page and family.help in page
+        shown = [" ".join(values) for values in family.series if len(values) > 1]
+        for value in {value for values in family.series for value in values}:
+            assert f"`{value}`" in page or any(value in pair.split() and f"`{pair}`" in page for pair in shown)
+    assert all(line.count("|") in {4, 5} for line in page.splitlines() if line.startswith("|"))
 
 
 def test_largest_numbers_are_shown(subject: Subject) -> None:

@@ -18,7 +18,7 @@ SERVING = Slot("serving", 0.2)
         ([Slot("draining", 0.0)], False),
     ],
 )
-def test_ready_is_a_server_with_one_worker_that_accepts(slots: list[Slot], is_ready: bool) -> None:
+def test_ready_is_a_server_with_one_worker_that_accepts(slots: list[Slot], is_ready: bool) -> None:  # noqa: FBT001
     health = Health(0.0, "serving", slots)
     assert health.is_ready is is_ready and health.is_live
 
