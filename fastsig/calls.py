@@ -1,11 +1,12 @@
 """Whether calls connect, as far as the wire shows it: from offers, answers and ICE candidates of the watched rooms.
 
-For clients that never `report`. The relay hands out what a sample of rooms says (`Relay.take_seen`: a room from an offer
-on, 64 messages of it at most); this counts, off the hot path: how long an answer takes, offers that nobody answers,
-candidates by type and per pair of peers. Whether a call connected cannot be seen here, so no success rate is made of it.
+For clients that never `report`. The relay hands out what a sample of rooms says (`Relay.take_seen`: a room from an
+offer on, 64 messages of it at most); this counts, off the hot path: how long an answer takes, offers that nobody
+answers, candidates by type and per pair of peers. Whether a call connected cannot be seen here, so no success rate is
+made of it.
 
-Pure: no clock, no I/O; counts through the `Sink` that it is given. Payloads are hostile: their bytes are searched, once,
-and their shape, which is the client's own, is never parsed.
+Pure: no clock, no I/O; counts through the `Sink` that it is given. Payloads are hostile: their bytes are searched,
+once, and their shape, which is the client's own, is never parsed.
 
 Invariants: a room has one entry, which ends `WATCH_S` after its first offer; the tables of an entry are no longer than
 the messages that the relay hands out of one room; every offer that is followed is counted once, or, in a room of which
@@ -34,7 +35,9 @@ _WATCHED: Final = metrics.index("watched_rooms")
 # Each takes every byte once, whatever comes: no byte that was taken is looked at again.
 _LINE: Final = re.compile(rb'candidate:([^"\\]*)')  # RFC 8839 §5.1, to the end of the JSON string or the next escape
 _TYPE: Final = re.compile(rb" typ (host|srflx|prflx|relay)(?![\w-])")
-_NONE: Final = re.compile(rb'candidate\\*+"\s*+:\s*+(?:null|\\*+"\\*+")')  # "candidate":"", also in JSON within a string
+_NONE: Final = re.compile(
+    rb'candidate\\*+"\s*+:\s*+(?:null|\\*+"\\*+")'
+)  # "candidate":"", also in JSON within a string
 _EMPTY: Final = frozenset({b"", b"null", b'""', b"{}"})
 
 
@@ -55,7 +58,7 @@ class Sink(Protocol):
 
 
 _Room = TypeVar("_Room", bound=Watched)
-# room, n of the sender, n of the recipient or 0 for a broadcast, type, the first bytes of the payload, monotonic seconds
+# room, n of the sender, n of the recipient or 0 for a broadcast, type, first bytes of the payload, monotonic seconds
 Seen: TypeAlias = tuple[_Room, int, int, str, bytes, float]
 
 
@@ -86,7 +89,7 @@ class Calls(Generic[_Room]):
         return len(self._watches)
 
     def take(self, seen: Iterable[Seen[_Room]]) -> None:
-        """What was said, in order. The first of a room is an offer; anything else of an unknown room is late, and left."""
+        """What was said, in order. A room begins with an offer; anything else of an unknown one is late, and left."""
         for room, sender, recipient, kind, payload, at in seen:
             watch = self._watches.get(room)
             if watch is None:
@@ -120,7 +123,7 @@ class Calls(Generic[_Room]):
         offer = min(fitting, key=offers.__getitem__, default=None)
         if offer is None:
             return
-        self._sink.observe(_ANSWER_SECONDS, max(0.0, at - offers.pop(offer)))
+        self._sink.observe(_ANSWER_SECONDS, at - offers.pop(offer))
         self._sink.count(_OFFERS["answered"])
         for own in ((sender, offer[0]), (sender, 0)):
             if offers.pop(own, None) is not None:
@@ -146,9 +149,9 @@ class Calls(Generic[_Room]):
 def candidate_types(kind: str, payload: bytes) -> list[str]:
     """The type of each ICE candidate in the payload of an `ice-candidate`, or in the SDP of an offer or answer.
 
-    `payload` is JSON text, perhaps cut. Candidates are its lines that begin with `candidate:`; an `ice-candidate` without
-    any may have the bare attribute, else it is of a shape that we do not know and counts as one `unknown`, unless it
-    says that there are no more.
+    `payload` is JSON text, perhaps cut. Candidates are its lines that begin with `candidate:`; an `ice-candidate`
+    without any may have the bare attribute, else it is of a shape that we do not know and counts as one `unknown`,
+    unless it says that there are no more.
     """
     lines = list(islice(_LINE.finditer(payload), PAYLOAD_CANDIDATES))
     if kind == "ice-candidate" and not lines:

@@ -541,7 +541,7 @@ class Room(AsyncIterator[Event]):
         self._meta = meta
         await self._write(text)
 
-    async def report(  # noqa: PLR0913 (keywords, each with a default)
+    async def report(
         self,
         peer: str,
         outcome: Outcome,

@@ -174,7 +174,10 @@ class Hub:
             self._withdraw(number)
 
     def report_bug(self, connection: Connection | None) -> None:
-        """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone."""
+        """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone.
+
+        Its peer id is logged: no secret (everybody in its rooms has it), and how a user who complains is found.
+        """
         if connection is None:
             _log.exception("internal_error")
         else:

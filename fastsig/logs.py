@@ -371,8 +371,11 @@ This page is made from `fastsig/logs.py`: `python -m fastsig.logs > docs/logs.md
 
 Everything goes to stderr, one event per line: text on a terminal, JSON elsewhere (`--log.format`), from `--log.level`
 up. Each line has `ts` (UTC, RFC 3339), `level`, `event` and `logger`, and in workers `worker`, the slot; the text form
-leaves `logger` out. Of one event at one level a process writes 20 lines in a second; how many it then left out is the field
-`suppressed` of the next line of that event, or `lines_suppressed` before another. The sentences below are not part of the line. Tokens, payloads and secrets are never logged.
+leaves `logger` out. The sentences below are not part of the line. Where it is about one connection, `connection` is its
+slot, generation and number, as in `0.1.4711`. Tokens, payloads and secrets are never logged.
+
+Of one event at one level a process writes 20 lines in a second. How many it left out is the field `suppressed` of the
+next line of that event, or `lines_suppressed` before the next line of another.
 
 | event | meaning |
 |---|---|

@@ -1,7 +1,7 @@
-"""Real peer connections (aiortc) through a real server: what its counters say of calls that connect and calls that cannot.
+"""Real peer connections (aiortc) through a real server: what its counters say of calls that connect, and that cannot.
 
-A peer without candidates cannot be reached: it sends none, and strips those of its description. aiortc gives up as soon as
-both sides have said that no more will come.
+A peer without candidates cannot be reached: it sends none, and strips those of its description. aiortc gives up as soon
+as both sides have said that no more will come.
 """
 
 import asyncio
@@ -39,13 +39,14 @@ class Caller:
 
     async def run(self) -> Outcome:
         """Until it is connected, or never will be."""
-        if self._room.peers:
-            (self.peer,) = self._room.peers
-            await self._offer()
+        for name, peer in self._room.peers.items():
+            if self._room.n > peer.n:
+                self.peer = name
+                await self._offer()
         listening = asyncio.create_task(self._listen())
+        listening.add_done_callback(self._on_deaf)
         try:
-            await asyncio.wait({self._outcome, listening}, return_when=asyncio.FIRST_COMPLETED)
-            return self._outcome.result()
+            return await self._outcome
         finally:
             listening.cancel()
 
@@ -54,9 +55,8 @@ class Caller:
         if outcome == "failed":
             await self._room.report(self.peer, outcome)
             return
-        transport = self._transport
-        (local,) = {candidate.type for candidate in transport.iceGatherer.getLocalCandidates()}
-        (remote,) = {candidate.type for candidate in transport.getRemoteCandidates()}
+        local = _type_of(self._transport.iceGatherer.getLocalCandidates())
+        remote = _type_of(self._transport.getRemoteCandidates())
         await self._room.report(self.peer, outcome, ms=ms, local=local, remote=remote, protocol="udp")
 
     async def close(self) -> None:
@@ -68,9 +68,14 @@ class Caller:
         return self._rtc.sctp.transport.transport
 
     def _on_state(self) -> None:
-        state = self._rtc.connectionState
+        state: Any = self._rtc.connectionState
         if state in ("connected", "failed") and not self._outcome.done():
             self._outcome.set_result(state)
+
+    def _on_deaf(self, listening: "asyncio.Task[None]") -> None:
+        if not self._outcome.done():
+            reason = None if listening.cancelled() else listening.exception()
+            self._outcome.set_exception(reason or AssertionError("the room ended before the call did"))
 
     async def _listen(self) -> None:
         async for event in self._room:
@@ -105,6 +110,12 @@ class Caller:
         sent = [line for line in lines if self._has_candidates or not line.startswith("a=candidate:")]
         self.candidates += sum(line.startswith("a=candidate:") for line in sent)
         await self._room.send(self.peer, "answer", {"type": "answer", "sdp": "".join(sent)})
+
+
+def _type_of(candidates: list[Any]) -> Any:
+    """All have one."""
+    (found,) = {candidate.type for candidate in candidates}
+    return found
 
 
 def _candidate(payload: dict[str, Any]) -> Any:
@@ -146,7 +157,7 @@ async def _counters(server: Server) -> dict[str, int]:
     command += ["--server.runtime-dir", str(server.runtime_dir)]
     done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, timeout=20, check=True)
     total: Counter[str] = Counter()
-    for worker in json.loads(done.stdout)["status"]["workers"]:
+    for worker in json.loads(done.stdout)["workers"]:
         total.update(worker["counters"])
     return {name: count for name, count in total.items() if count}
 

@@ -200,6 +200,22 @@ def test_answer_to_everybody_is_for_the_oldest_offer(wire: Wire) -> None:
     assert (wire.sink.offers, wire.sink.seconds) == ({"answered": 1}, [4.0])
 
 
+def test_answer_is_for_the_older_of_an_offer_to_everybody_and_one_to_its_sender(wire: Wire) -> None:
+    wire.say(100.0, "offer", 1)
+    wire.say(101.0, "offer", 1, 2)
+    wire.say(104.0, "answer", 2, 1)
+    wire.say(105.0, "answer", 2, 1)
+    assert (wire.sink.offers, wire.sink.seconds) == ({"answered": 2}, [4.0, 4.0])
+
+
+def test_offers_to_everybody_cross_too(wire: Wire) -> None:
+    wire.say(100.0, "offer", 1)
+    wire.say(100.1, "offer", 2)
+    wire.say(100.5, "answer", 1)
+    wire.calls.end(100.0 + WATCH_S)
+    assert wire.sink.offers == {"answered": 1, "collided": 1}
+
+
 @pytest.mark.parametrize("polite", [1, 2])
 def test_of_crossing_offers_the_one_that_gave_way_has_collided(wire: Wire, polite: int) -> None:
     """Whichever of the two came first here."""
@@ -333,7 +349,9 @@ def test_counts_add_up_whatever_is_said(messages: list[Any], spent: int, empty: 
 
 
 @given(
-    offers=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1]), unique=True),
+    offers=st.lists(
+        st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1]), unique=True
+    ),
     answers=st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)).filter(lambda pair: pair[0] != pair[1])),
     chance=st.randoms(use_true_random=False),
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+from typing import Any
 
 import pytest
 
@@ -432,7 +433,7 @@ async def test_milliseconds_of_a_report_may_have_a_fraction_and_be_an_hour(
     assert (a.take(), _setups(host)) == ([], {seconds: 1})
 
 
-BAD_REPORTS = {
+BAD_REPORTS: dict[str, Any] = {
     "no payload": None, "a list": [], "no outcome": {"ms": 1}, "another outcome": {"outcome": "fine"},
     "a negative time": {"outcome": "connected", "ms": -1}, "more than an hour": {"outcome": "connected", "ms": 3600001},
     "a time in words": {"outcome": "connected", "ms": "1"}, "a time that is true": {"outcome": "connected", "ms": True},
@@ -453,13 +454,14 @@ async def test_report_that_says_anything_else_is_bad_and_counts_nothing(host: Ho
 async def test_report_needs_a_room_of_the_senders_and_one_recipient_that_it_is_not(host: Host) -> None:
     a = host.join("a")
     failed = {"outcome": "failed"}
-    for fields, code in [
+    refused: list[tuple[dict[str, Any], str]] = [
         ({"recipient": "b"}, "bad_message"),
         ({"recipient": "b", "room": "elsewhere"}, "not_joined"),
         ({"room": "r"}, "bad_message"),
         ({"room": "r", "recipient": ["b", "c"]}, "bad_message"),
         ({"room": "r", "recipient": "b", "sender": "c"}, "identity_mismatch"),
-    ]:
+    ]
+    for fields, code in refused:
         a.say(type="report", payload=failed, **fields)
         assert a.take_error() == code, fields
     a.say(type="report", room="r", recipient="a", payload=failed)

@@ -400,7 +400,12 @@ def test_another_event_says_what_a_flood_that_is_over_left_out(stream: Stream, c
     clock.now += logs.FLOOD_S
     log.info("serving")
     told, line = _lines(stream)
-    assert (told["level"], told["event"], told["of"], told["lines"]) == ("warning", "lines_suppressed", "cannot_accept", 5)
+    assert (told["level"], told["event"], told["of"], told["lines"]) == (
+        "warning",
+        "lines_suppressed",
+        "cannot_accept",
+        5,
+    )
     assert line["event"] == "serving"
     log.info("serving")
     log.warning("cannot_accept")
