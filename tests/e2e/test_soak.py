@@ -104,5 +104,5 @@ async def test_one_turn_of_all_faults_leaves_nothing_behind(monkeypatch: pytest.
     assert len(rest) == 4
     assert all(SERIES.keys() <= sample.values.keys() for sample in rest)
     assert {(sample.values["connections"], sample.values["members"]) for sample in rest} == {(42.0, 42.0)}
-    assert this.lives > 4 and report.figures["messages delivered"] > 200
+    assert this.lives > 4 and report.figures["messages sent"] > 200
     assert "worker 1 is killed" in soak.picture(report, this)
