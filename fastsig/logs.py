@@ -33,6 +33,8 @@ EVENTS: Final[dict[str, str]] = {
     "open_mode": "Whoever can reach `addresses` may join any room: no tokens are required, beyond loopback.",
     "address_skipped": "This machine cannot listen on `address`, for `reason`; the others are served.",
     "cannot_start": "The server ends with exit code 3 for `reason`.",
+    "operations": "Metrics, health and more are served for operators at `urls`.",
+    "operations_resting": "The operations port accepts nobody for a second, for `reason`, and then tries again.",
     "status_unavailable": "`fastsig status` cannot ask this server, for `reason`; all else works.",
     "reloaded": "SIGHUP came: `options` have new values now.",
     "needs_restart": "SIGHUP came, but `options` take their new values only at the next start.",

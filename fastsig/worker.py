@@ -42,6 +42,8 @@ from .control import (
     Hand,
     Handed,
     Heartbeat,
+    Inspect,
+    Inspected,
     Link as NewLink,
     Ready,
     Reload,
@@ -252,8 +254,13 @@ class Worker:
                 self._begin_drain(drain)
             case Reload(config):
                 self._configure(config)
+            case Inspect():
+                self._send(Inspected(self._stats()))
             case Stop() as stop:
                 self._end(stop)
+
+    def _stats(self) -> dict[str, int]:
+        return self.relay.stats() | {"tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
 
     # ---- what the mesh calls
 
