@@ -464,7 +464,7 @@ class Supervisor:
         self._links.on_death(worker.slot)
         unseen = worker.outbox.take_back_all()
         status = worker.close()
-        self._counters.zero_gauges(worker.slot)
+        self._counters.bury(worker.slot)
         reason = worker.reason or f"worker {worker.slot} ended with {ending(status)}"
         if not self._fleet.is_stopping:
             self._replace(worker.slot, reason, worker.log)
