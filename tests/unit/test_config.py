@@ -209,6 +209,14 @@ def test_toml_that_is_not_understood_is_refused_by_name(tree: dict[str, Any], sa
         ({"server_echo_path": "/ws"}, 'server.echo_path = "/ws": this path is taken'),
         ({"server_echo_path": "echo"}, 'server.echo_path = "echo": expected a path that starts with /'),
         ({"server_echo_path": "/e", "server_proxy_protocol": True}, 'server.echo_path = "/e": leave it empty'),
+        (
+            {"server_trusted_proxies": ("::1", "proxy")},
+            'server.trusted_proxies = ["::1", "proxy"]: "proxy" is no address or network',
+        ),
+        (
+            {"server_trusted_proxies": ("10.0.0.1/8",)},
+            'server.trusted_proxies = ["10.0.0.1/8"]: "10.0.0.1/8" is no address or network',
+        ),
     ],
 )
 def test_value_out_of_place_is_refused_by_name_value_and_cure(values: dict[str, Any], says: str) -> None:
@@ -315,7 +323,7 @@ def _other(option: Option) -> Any:
     """A usable value that is not the default."""
     if option.choices:
         return option.choices[:1] if option.is_list else next(word for word in option.choices if word != option.default)
-    known: dict[Any, Any] = {bool: not option.default, str: "/x", tuple[str, ...]: ("x",)}
+    known: dict[Any, Any] = {bool: not option.default, str: "/x", tuple[str, ...]: ("::1",)}
     return known[option.kind] if option.kind in known else 3 if option.default == "auto" else option.default + 1
 
 
