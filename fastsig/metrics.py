@@ -184,7 +184,7 @@ FAMILIES: Final = (
     Family("watched_rooms", "gauge", "Rooms that are watched now: from an offer on, for 30 s."),
     Family(
         "watched_offers_total", "counter",
-        "Offers in watched rooms that were answered within 30 s, or not, or crossed an offer of the other side.",
+        "Offers in watched rooms: answered, or not, or given up for one of the other side that crossed it.",
         *_each(("result", OFFERS)),
     ),
     Family(

@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 import uvloop
 
 from . import logs, metrics
-from ._relay import Connection, Relay
+from ._relay import Connection, Relay, Room
 from .bus import Link
 from .bus_mesh import Mesh
+from .calls import Calls
 from .config import Config
 from .connection import RECEIVE_BYTES, Acceptor, Door, Edge
 from .control import (
@@ -143,6 +144,7 @@ class Worker:
             call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(boot.config)
         )
         self._lag = Lag(self.relay)
+        self._calls: Calls[Room] = Calls(self.relay)
         place = Place(Address(_HOST, boot.slot), boot.generation, boot.view)
         self.hub = Hub(self.relay, limits, place=place)
         self._edge = Edge(loop)
@@ -326,6 +328,9 @@ class Worker:
         self._edge.retry()
         self.relay.tick(now)
         self.hub.tick(now)
+        self._calls.take(self.relay.take_seen())
+        for room in self._calls.end(now):
+            self.relay.end_watch(room)
 
     def _beat(self) -> None:
         self._loop.call_later(HEARTBEAT_S, self._beat)

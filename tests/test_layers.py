@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
-    ("pure", "protocol routing limits sessions auth turn"),
+    ("pure", "protocol routing calls limits sessions auth turn"),
     ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
