@@ -81,7 +81,7 @@ class Tolerance:
 MEMORY: Final = Tolerance(1 * MIB, 0.03)
 DESCRIPTORS: Final = Tolerance(2)
 TASKS: Final = Tolerance(3)
-TABLES: Final = Tolerance(20)  # entries; at rest somebody may have left a moment ago
+TABLES: Final = Tolerance(5, 0.1)  # entries; at rest somebody may have left a moment ago
 IN_TABLES: Final = (
     "rooms", "acks_pending", "connections_to_flush", "joins_undecided", "departed", "calls_watched", "unsaid", "links",
 )  # fmt: skip
