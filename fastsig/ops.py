@@ -18,7 +18,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
@@ -147,13 +147,17 @@ class Operations:
         server = self._runner.server
         assert server is not None  # it is set up
         loop = asyncio.get_running_loop()
-        transport, client = await loop.connect_accepted_socket(lambda: _Client(server, loop), connection)
+        client = _Client(server, loop)
+        transport: asyncio.Transport | None = None
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLIENT_S):
+                    transport, _ = await loop.connect_accepted_socket(lambda: client, connection)
                     await client.is_lost.wait()
         finally:
-            transport.abort()
+            client.is_over = True
+            if transport is not None:
+                transport.abort()
 
     # ---- who may ask
 
@@ -221,16 +225,22 @@ class Operations:
 class _Client(web.RequestHandler):
     """aiohttp's connection, whose end can be waited for."""
 
-    __slots__ = ("is_lost",)
+    __slots__ = ("is_lost", "is_over")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
         limits = {"max_line_size": HEAD_BYTES, "max_field_size": HEAD_BYTES}
         super().__init__(server, loop=loop, access_log=None, lingering_time=0, **limits)  # type: ignore[arg-type]
         self.is_lost = asyncio.Event()
+        self.is_over = False  # we have hung up
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self.is_lost.set()
+
+    def log_exception(self, *args: Any, **more: Any) -> None:
+        """What fails because we, or the client, have just hung up is nothing to tell."""
+        if not self.is_over and self.transport is not None and not self.transport.is_closing():
+            super().log_exception(*args, **more)
 
     def handle_error(
         self,
@@ -240,6 +250,8 @@ class _Client(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """aiohttp's own logs a stranger's nonsense with a traceback and an address, and sends it back."""
+        if isinstance(exc, ConnectionError):  # the client has gone, in the middle of it
+            raise exc
         if status >= 500:
             _log.exception("internal_error")
         response = _text("Bad Request" if status < 500 else "Internal Server Error", status, _HEADERS)
