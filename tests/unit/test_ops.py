@@ -93,7 +93,7 @@ async def open_port() -> AsyncIterator[Open]:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             subject = Subject()
             operations = Operations(subject, Ops(host, 1, token))
-            await operations.open([listener])
+            operations.open([listener])
             stack.push_async_callback(operations.close)
             return Port(operations, subject, listener)
 
