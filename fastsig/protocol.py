@@ -7,10 +7,10 @@ Read `hub` next: it decides which of these is said to whom.
 """
 
 import re
-from typing import Final, TypeVar
+from typing import Annotated, Final, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from .errors import ErrorEntry, ProtocolError
@@ -20,8 +20,17 @@ CAPS: Final = frozenset({"ack"})  # those this server grants; what else is asked
 PING_PAYLOAD_BYTES: Final = 125
 CLIENT_BYTES: Final = 64
 NULL: Final = b"null"
+REPORTED_MS: Final = 3_600_000
 
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context §3.2
+Outcome: TypeAlias = Literal["connected", "failed", "disconnected", "closed"]
+Candidate: TypeAlias = Literal["host", "srflx", "prflx", "relay"]
+Transport: TypeAlias = Literal["udp", "tcp"]
+
+# W3C Trace Context §3.2. A version after 00 may have more behind it, here no more than fits into a log line.
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<span>[0-9a-f]{16})"
+    r"-(?P<flags>[0-9a-f]{2})(?P<more>-[!-~]{0,72})?"
+)
 
 
 class ServerMessage(Struct, tag_field="type", omit_defaults=True, kw_only=True, frozen=True):
@@ -197,11 +206,22 @@ class UpdatePayload(Struct, frozen=True):
     meta: Raw | UnsetType = UNSET
 
 
+class ReportPayload(Struct, frozen=True, omit_defaults=True):
+    """What `report` says of a peer connection. `ms`: how long it took; `local`, `remote`: the candidates in use."""
+
+    outcome: Outcome
+    ms: Annotated[float, Meta(ge=0, le=REPORTED_MS)] | None = None
+    local: Candidate | None = None
+    remote: Candidate | None = None
+    protocol: Transport | None = None
+
+
 _Payload = TypeVar("_Payload")
 _ENCODER = msgspec.json.Encoder()
 _HELLO = Decoder(HelloPayload)
 _JOIN = Decoder(JoinPayload)
 _UPDATE = Decoder(UpdatePayload)
+_REPORT = Decoder(ReportPayload)
 
 
 def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: list[str] | None,
@@ -242,9 +262,25 @@ def read_join(payload: bytes | None, *, meta_bytes: int) -> JoinPayload:
     _check_meta(join.meta, meta_bytes)
     if join.max_peers is not None and join.max_peers < 1:
         raise ProtocolError("bad_message")
-    if join.trace is not None and not _TRACEPARENT.fullmatch(join.trace):
+    if join.trace is not None and read_traceparent(join.trace) is None:
         raise ProtocolError("bad_message")
     return join
+
+
+class Traceparent(NamedTuple):
+    """A step of somebody else's trace. `is_sampled`: it says that it is recorded."""
+
+    trace_id: int
+    span_id: int
+    is_sampled: bool
+
+
+def read_traceparent(text: str) -> Traceparent | None:
+    """None for anything that W3C Trace Context §3.2 does not allow: version ff, ids of zeros, capitals, more text."""
+    found = _TRACEPARENT.fullmatch(text)
+    if found is None or (found["version"] == "00" and found["more"] is not None):
+        return None
+    return Traceparent(int(found["trace"], 16), int(found["span"], 16), bool(int(found["flags"], 16) & 1))
 
 
 def read_update(payload: bytes | None, *, meta_bytes: int) -> bytes:
@@ -254,6 +290,11 @@ def read_update(payload: bytes | None, *, meta_bytes: int) -> bytes:
         raise ProtocolError("bad_message")
     _check_meta(update.meta, meta_bytes)
     return bytes(update.meta)
+
+
+def read_report(payload: bytes | None) -> ReportPayload:
+    """Raises ProtocolError `bad_message`."""
+    return _decode(_REPORT, payload)
 
 
 def _check_meta(meta: Raw, meta_bytes: int) -> None:

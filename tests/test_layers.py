@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
-    ("pure", "protocol routing health limits sessions auth turn"),
-    ("seen", "tracing logs"),
+    ("pure", "protocol routing calls health limits sessions auth turn"),
+    ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
