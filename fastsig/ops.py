@@ -31,7 +31,6 @@ CLIENTS: Final = 16
 CLIENT_S: Final = 10.0  # as long as Prometheus waits by default
 ACCEPTS: Final = 4  # in one turn: others have work to do too
 REST_S: Final = 1.0  # when nothing can be accepted
-_METHODS: Final = ("GET", "HEAD")
 HEAD_BYTES: Final = 4096  # of a request's line, and of each header
 
 PATHS: Final = {
@@ -40,6 +39,7 @@ PATHS: Final = {
     "/health/ready": "200 while new connections are welcome, else 503; also /readyz; ?verbose says why",
     "/debug/stats": "JSON: each worker's state, loop lag, memory, tables and buffers",
 }
+_METHODS: Final = ("GET", "HEAD")
 _LIVE: Final = HEALTH_PATHS[::2]
 _HOST: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+))(?::[0-9]*)?")  # and a port
 _HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "fastsig"}
