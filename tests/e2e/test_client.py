@@ -133,7 +133,7 @@ async def test_connection_is_at_the_owner_of_its_room(server: Server) -> None:
         for number in range(8):
             await stack.enter_async_context(fastsig.connect(server.url, f"own-{number}"))
         workers = status.ask(server.runtime_dir, server.port).workers
-        assert sum(worker.counters.get("remote_members", 0) for worker in workers) == 0
+        assert sum(worker.counters["remote_members"] for worker in workers) == 0
 
 
 @pytest.mark.parametrize("workers", ["1", "4"])
