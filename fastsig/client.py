@@ -183,7 +183,7 @@ class TokenExpiring(Struct, frozen=True):
 
 
 class Answer(Struct, frozen=True):
-    """To the request with this id. `value`: of a message to how many peers it went, of a token how many seconds it has."""
+    """To the request with this id. `value`: to how many peers a message went, how many seconds a token is good for."""
 
     id: str
     value: float = 0
@@ -353,9 +353,7 @@ class _Link(WSListener):
         """Raises UnreachableError."""
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "wss" else 80)
-        secure: dict[str, Any] = {}
-        if parts.scheme == "wss":  # asyncio would wait half a minute for the end of TLS, also of a peer that is gone
-            secure = {"ssl": ssl or tls.create_default_context(), "ssl_shutdown_timeout": CLOSE_S}
+        context = (ssl or tls.create_default_context()) if parts.scheme == "wss" else None
         websocket = WSProtocol(
             parts.netloc.rpartition("@")[2], f"{parts.path}?{parts.query}", True, lambda: self, _transport_log,
             True, ATTEMPT_S, True, SILENCE_S, ANSWER_S, WSAutoPingStrategy.PING_WHEN_IDLE, True,
@@ -364,7 +362,7 @@ class _Link(WSListener):
         transport = None
         try:
             loop = asyncio.get_running_loop()
-            transport, _ = await loop.create_connection(lambda: websocket, parts.hostname or "", port, **secure)
+            transport, _ = await loop.create_connection(lambda: websocket, parts.hostname or "", port, ssl=context)
             await websocket.wait_until_handshake_complete()
         except tls.SSLCertVerificationError as reason:
             raise UnreachableError("unreachable", "The certificate is not valid.") from reason

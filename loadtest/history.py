@@ -1,7 +1,7 @@
 """The load test over time, row by row and error by error: Locust's own charts know only the sum of all rows.
 
-`History` looks at Locust's tables every few seconds, where they are whole: in the one process, or on the master. What it
-saw is drawn below Locust's HTML report, and on the page /delays of Locust's web interface. Knows nothing of users.
+`History` looks at Locust's tables every few seconds, where they are whole: in the one process, or on the master. What
+it saw is drawn below Locust's HTML report, and on the page /delays of Locust's web interface. Knows nothing of users.
 """
 
 import base64
@@ -71,7 +71,7 @@ class History:
         return _PAGE % (title, drawn)
 
     def add_to(self, path: Path, stats: RequestStats) -> None:
-        """Put the section at the end of Locust's report, if this test has written one (one that a signal ends does not)."""
+        """Put the section at the end of Locust's report, if this test has one (a test that a signal ends has none)."""
         if path.exists() and path.stat().st_mtime >= self.began_at:
             head, end, tail = path.read_text(encoding="utf-8").rpartition("</body>")
             path.write_text(f"{head}{self.page(stats)}{end}{tail}", encoding="utf-8")
@@ -80,7 +80,7 @@ class History:
         panels = [Panel(what, "ms", self._lines(rows), absent="nothing yet") for what, rows in CHARTS]
         errors = [Line(code, points) for code, points in sorted(self._rates.items())]
         panels.append(Panel("Errors", "per second", errors, absent="none"))
-        subtitle = f"Each point is about the {EVERY_S:g} s before it: half, or 95 %, of the results were at most so late."
+        subtitle = f"A point is about the {EVERY_S:g} s before it: so much, or less, was the delay of 50 %, of 95 %"
         return over_time(title, subtitle, "seconds since the start", panels)
 
     def _lines(self, rows: tuple[tuple[str, str], ...]) -> list[Line]:

@@ -88,7 +88,6 @@ class Load:
         report(environment, engine)
         self.engine = self.scene = None
 
-
     def watch(self, environment: Environment) -> None:
         """Keep the history of this test, until the next one begins."""
         history = self.history = History()

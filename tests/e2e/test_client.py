@@ -18,7 +18,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import pytest
 import trustme
@@ -322,11 +322,6 @@ class Tls:
         for writer in self._writers:
             writer.transport.abort()
 
-    def stall(self) -> None:
-        """Read nothing more of any connection: as when the network is gone."""
-        for writer in self._writers:
-            cast("asyncio.Transport", writer.transport).pause_reading()
-
     async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         behind, before = await asyncio.open_connection("127.0.0.1", self._server.port)
         self._writers += (writer, before)
@@ -401,22 +396,6 @@ async def test_certificate_that_is_not_valid_any_more_ends_the_membership(
         with pytest.raises(fastsig.UnreachableError):
             await anext(a)
         assert proxy.hellos == 2
-
-
-@on_both_loops
-async def test_silence_is_noticed_by_tls_as_soon_as_without(
-    server: Server, room: str, authority: trustme.CA, trusting: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody answers the end of TLS either, for which asyncio would wait 30 seconds."""
-    monkeypatch.setattr(fastsig_client, "SILENCE_S", 0.1)
-    monkeypatch.setattr(fastsig_client, "ANSWER_S", 0.1)
-    async with (
-        Tls(server).serving(authority.issue_cert("127.0.0.1")) as proxy,
-        fastsig.connect(proxy.url, room, ssl=trusting, **QUICK) as a,
-    ):
-        proxy.stall()
-        await next_of(a, fastsig.Rejoined)
-        proxy.drop()
 
 
 @on_both_loops
@@ -920,13 +899,15 @@ async def test_token_function_is_asked_also_after_a_refresh() -> None:
     async def token() -> str:
         return "made"
 
-    async with Script(_answer_requests).serving() as script:
-        async with fastsig.connect(script.url, "r", token=token, **QUICK) as room:
-            await room.refresh("second")
-            with pytest.raises(fastsig.DisconnectedError):
-                await room.kick("lost")
-            await next_of(room, fastsig.Rejoined)
-            assert [join["payload"]["token"] for join in script.joins] == ["made", "made"]
+    async with (
+        Script(_answer_requests).serving() as script,
+        fastsig.connect(script.url, "r", token=token, **QUICK) as room,
+    ):
+        await room.refresh("second")
+        with pytest.raises(fastsig.DisconnectedError):
+            await room.kick("lost")
+        await next_of(room, fastsig.Rejoined)
+        assert [join["payload"]["token"] for join in script.joins] == ["made", "made"]
 
 
 @on_both_loops
