@@ -19,16 +19,16 @@ SHARES: Final = (0.5, 0.95)
 KINDS: Final = ("caller", "viewer", "reloader")
 # Title, and the rows (kind, name): of one row both shares are drawn, of more the last.
 CHARTS: Final = (
-    ("Time to joined, 95 % of", tuple((kind, "time to joined") for kind in KINDS)),
+    ("Time to joined: 95 % within", tuple((kind, "time to joined") for kind in KINDS)),
     ("Offer to answer, less the partner's thinking", (("caller", "offer to answer"),)),
     ("Fan-out delay, of each copy of a broadcast", (("viewer", "fan-out delay"),)),
     ("Relay delay, of what goes to one peer", (("caller", "relay delay"),)),
     ("Lag of the load test itself: part of all above", (("engine", "lag"),)),
 )
 _PAGE: Final = """\
-<section style="max-width:1152px;margin:32px auto;padding:0 24px;font-family:Roboto,Helvetica,Arial,sans-serif">
+<section style="box-sizing:border-box;max-width:1200px;margin:32px auto;padding:0 24px;font-family:Roboto,Helvetica,Arial,sans-serif">
 <h2 style="font-weight:400;font-size:2.125rem;margin:0 0 8px">Delays and errors over time</h2>
-<img alt="%s" style="max-width:100%%" src="data:image/svg+xml;base64,%s">
+<img alt="%s" style="width:100%%" src="data:image/svg+xml;base64,%s">
 </section>
 """
 
@@ -46,8 +46,10 @@ class History:
         self._rates: dict[str, list[tuple[float, float]]] = {}  # code -> (s, errors/s)
 
     def look(self, stats: RequestStats) -> None:
-        """Add what is new."""
+        """Add what is new, unless it is of too short a time: the last moment of a test."""
         now = time.monotonic()
+        if now - self._looked < EVERY_S / 2:
+            return
         at_s, took_s, self._looked = now - self._began, now - self._looked, now
         for key, entry in stats.entries.items():
             times, before = dict(entry.response_times), self._times.get(key, {})
@@ -88,7 +90,7 @@ class History:
         for kind, name in rows:
             points = self._delays.get((name, kind), [])
             for place, share in list(enumerate(SHARES))[-1 if len(rows) > 1 else 0 :]:
-                label = f"{kind}s" if len(rows) > 1 else f"{share:.0%}"
+                label = f"{kind}s" if len(rows) > 1 else f"{share * 100:g} %"
                 drawn.append(Line(label, [(at_s, shares[place]) for at_s, shares in points]))
         return drawn
 
