@@ -45,6 +45,7 @@ from collections import deque
 
 import picows
 
+from . import metrics
 from .errors import InvariantError
 
 if not (2, 3, 1) <= tuple(int(part) for part in picows.__version__.split(".")[:3]) < (2, 4):
@@ -124,6 +125,7 @@ cdef extern from * nogil:
     uint64_t fs_hash(const uint64_t *key, const char *p, size_t n)
     uint64_t fs_mix(uint64_t n)
     long fs_silent_ms(int fd)
+    int __builtin_clzll(unsigned long long)
 
 
 cdef enum State:
@@ -132,30 +134,6 @@ cdef enum State:
     CLOSING    # a close frame is the last thing in the buffer
     LINGERING  # it is sent; what the peer still sends is thrown away until it closes
     CLOSED     # the transport was told to close, or is gone
-
-cdef enum:  # what the worker counts: the index of a 64-bit word, in the order of `metrics.METRICS`
-    CONNECTIONS
-    CONNECTIONS_TOTAL
-    HANDSHAKES_REFUSED_TOTAL
-    ROOMS
-    MEMBERS
-    REMOTE_MEMBERS
-    RELAYED_MESSAGES_RECEIVED_TOTAL
-    RELAYED_AWAY_TOTAL
-    RELAYED_FOR_OTHERS_TOTAL
-    OTHER_MESSAGES_RECEIVED_TOTAL
-    MESSAGES_DELIVERED_TOTAL
-    ERRORS_SENT_TOTAL
-    RECEIVED_BYTES_TOTAL
-    SENT_BYTES_TOTAL
-    SLOW_READERS_CLOSED_TOTAL
-    UNANSWERED_PINGS_CLOSED_TOTAL
-    CONNECTIONS_PASSED_TOTAL
-    BUS_SENT_BYTES_TOTAL
-    BUS_RECEIVED_BYTES_TOTAL
-    LINKS_RESET_TOTAL
-    RESTARTS_TOTAL  # the supervisor's: never written here
-    WORDS           # how many there are
 
 cdef enum:
     CHUNK = 4096            # an output buffer starts as one of these, from the relay's pool
@@ -194,8 +172,59 @@ cdef double OVER_S = 1.0     # see Connection._overdraw
 cdef double LINGER_S = 2.0   # PROTOCOL §3.5
 cdef double PROBE_S = 5.0    # PROTOCOL §3.2, the same id twice
 cdef double PROBE_AGAIN_S = 30.0
+cdef enum:  # of `relayed_type`
+    OFFER
+    ANSWER
+    CANDIDATE
+    MESSAGE
+    EXTENSION
+
+cdef enum:
+    SAMPLED = 64             # one in so many relays is timed
+    WATCHED_MESSAGES = 64    # of a watched room, handed out for the metrics of calls
+    WATCHED_BYTES = 16384    # of each
+
 cdef double ACK_S = 2.0      # PROTOCOL §3.2: a home that is silent for so long has delivered nothing
 cdef double OWNER_ACK_S = 2 * ACK_S  # the owner may have waited itself
+# What is counted: the first word of each family (`metrics` says what they mean and how their series are ordered).
+cdef enum:  # what every message adds to: known to the compiler
+    RECEIVED = 0
+    RECEIVED_TEXT = 14
+    SENT = 28
+    SENT_TEXT = 44
+    RECEIVED_BYTES = 60
+    SENT_BYTES = 61
+    LOCAL = 62
+    TO_OWNER = 63
+    FOR_HOME = 64
+
+cdef size_t CONNECTIONS = metrics.FIRST["connections"]
+cdef size_t ACCEPTED = metrics.index("handshakes_total", "accepted")
+cdef size_t TIMEOUT = metrics.index("handshakes_total", "timeout")
+cdef size_t GONE = metrics.index("handshakes_total", "gone")
+cdef size_t LOST = metrics.index("disconnects_total", *metrics.LOST)
+cdef size_t WAITING_OUTPUT = metrics.FIRST["waiting_output_bytes"]
+cdef size_t BLOCKED = metrics.FIRST["blocked_connections"]
+cdef size_t ROOMS = metrics.FIRST["rooms"]
+cdef size_t MEMBERS = metrics.FIRST["members"]
+cdef size_t REMOTE_MEMBERS = metrics.FIRST["remote_members"]
+cdef size_t BUS_SENT = metrics.FIRST["bus_sent_bytes_total"]
+cdef size_t BUS_RECEIVED = metrics.FIRST["bus_received_bytes_total"]
+cdef size_t LINKS_RESET = metrics.FIRST["links_reset_total"]
+cdef size_t WORDS = metrics.WORDS
+cdef object RELAY_SECONDS = metrics.histogram("relay_seconds")
+cdef object DURATION_SECONDS = metrics.histogram("connection_duration_seconds")
+cdef dict OF_RECEIVED = {name: place for place, name in enumerate(metrics.RECEIVED_TYPES)}
+cdef list SENT_NAMES = [f'{name}"'.encode() for name in metrics.SENT_TYPES]
+cdef int SIZES = len(metrics.ROOM_SIZES)
+if metrics.RELAYED_TYPES != ("offer", "answer", "ice-candidate", "message", "x-*"):
+    raise InvariantError("`relayed_type` has another order")
+if (RECEIVED, RECEIVED_TEXT, SENT, SENT_TEXT, RECEIVED_BYTES, SENT_BYTES) != tuple(map(metrics.FIRST.get, (
+        "received_messages_total", "received_message_bytes_total", "sent_messages_total", "sent_message_bytes_total",
+        "received_bytes_total", "sent_bytes_total"))) or (LOCAL, TO_OWNER, FOR_HOME) != tuple(
+            metrics.index("relays_total", route) for route in ("local", "to_owner", "for_home")):
+    raise InvariantError("what every message adds to stands elsewhere")
+
 cdef bytes NULL_JSON = b"null"
 cdef tuple VERDICTS = ("ok", "bad_utf8", "bad_json", "bad_message", "too_large")
 
@@ -360,6 +389,12 @@ cdef class Room(Named):
     cdef public object max_peers     # int or None, from the join that made the room
     cdef public dict roster          # of a room that is owned elsewhere, the hub's: the owner's as far as we heard
     cdef readonly size_t pins        # who needs the roster, besides our members
+    cdef int watch                   # what is still handed out of its call; 0: it is not watched, -1: spent
+
+    @property
+    def is_spent(self):
+        """Of a watched room: it had more to hand out than is handed out of one."""
+        return self.watch < 0
 
     def __len__(self):
         return PyList_GET_SIZE(self.order)
@@ -517,6 +552,10 @@ cdef class Connection(WSListener):
     cdef bytes json
     cdef list members                 # of Member: the rooms this connection is in
     cdef public bint wants_ack        # cap `ack`
+    cdef public object trace          # the tracer's, None without
+    cdef readonly uint64_t serial     # its number in this worker
+    cdef size_t end                   # the word that counts how it ended, 0: it has not
+    cdef double opened_at
     cdef public bint is_copied        # another process may have a descriptor of it: closing ours alone ends nothing
     # output
     cdef char *out
@@ -524,6 +563,7 @@ cdef class Connection(WSListener):
     cdef size_t overdraft             # bytes above the limit for slow readers
     cdef double over_since            # 0: not above it
     cdef size_t try_above             # blocked: ask the kernel again when this much waits
+    cdef size_t accounted             # bytes that the kernel refused, as they are counted
     cdef bint is_dirty, is_blocked, is_doomed, drops_when_sent
     cdef int broken_by                # close code for input that picows could not parse, 0: none
     cdef int fd
@@ -548,6 +588,8 @@ cdef class Connection(WSListener):
 
     def __cinit__(self, Relay relay not None):
         self.relay = relay
+        relay.serials += 1
+        self.serial = relay.serials
         self.members = []
         self.fd = -1
         self.slot = -1
@@ -577,7 +619,8 @@ cdef class Connection(WSListener):
         self.state = OPEN
         self.is_counted = True
         self.relay.words[CONNECTIONS] += 1
-        self.relay.words[CONNECTIONS_TOTAL] += 1
+        self.relay.words[ACCEPTED] += 1
+        self.opened_at = now
         self.ping_at = now + self.relay.ping_s if self.relay.ping_s else 1e300
         self.join_by = now + self.relay.first_message_s if self.relay.first_message_s else 1e300
         self.probe_by = 1e300
@@ -606,6 +649,8 @@ cdef class Connection(WSListener):
     def lost(self):
         """The transport is gone (any way it went): tell the others, forget everything. May be called twice."""
         cdef bint was_open = self.state == OPEN
+        if self.state == HANDSHAKE and self.transport is not None:
+            self.relay.words[GONE] += 1
         self.fd = -1
         self.state = CLOSED
         try:
@@ -613,6 +658,11 @@ cdef class Connection(WSListener):
                 self._depart("lost")
         finally:
             self._release()
+
+    def let_go(self):
+        """Another process serves it: here it neither comes nor goes."""
+        self.state = CLOSED
+        self._release()
 
     def wait(self):
         """What this peer says from now on waits for a decision, until `proceed`."""
@@ -666,9 +716,11 @@ cdef class Connection(WSListener):
         if self.is_counted:
             self.is_counted = False
             self.relay.words[CONNECTIONS] -= 1
+            self.relay.words[self.end or LOST] += 1
+            self.relay._observe(DURATION_SECONDS, self.relay.clock() - self.opened_at)
         if self.is_blocked:
-            self.is_blocked = False
-            self.relay.edge.unblock(self)
+            self._unblock()
+        self._account(0)
         self._overdraw(0)
         self.relay._recycle(self)
         free(self.parts)
@@ -677,6 +729,7 @@ cdef class Connection(WSListener):
         self.transport = None
         self.sink = None
         self.context = None
+        self.trace = None
         self.waiting = None
         self.is_undecided = self.is_paused = False
         return 0
@@ -773,10 +826,6 @@ cdef class Connection(WSListener):
     cdef int fail(self, int code) except -1:
         """The peer broke RFC 6455, or a limit that ends the connection."""
         if self.state == OPEN:
-            if code == 4003:
-                self.relay.words[SLOW_READERS_CLOSED_TOTAL] += 1
-            elif code == 4002:
-                self.relay.words[UNANSWERED_PINGS_CLOSED_TOTAL] += 1
             self._depart("lost")
             self._close_frame(code)
         return 0
@@ -787,6 +836,8 @@ cdef class Connection(WSListener):
         payload[0] = <char>(code >> 8)
         payload[1] = <char>code
         self.is_doomed = False  # what was noted as the reason is being done
+        if not self.end:
+            self.end = metrics.disconnect(code, is_by_client=False)
         self._frame(WSMsgType.CLOSE, payload, 2 if code else 0)
         self.state = CLOSING
         if not (self.drops_when_sent or self.broken_by):
@@ -801,6 +852,8 @@ cdef class Connection(WSListener):
             at = put_header(self._reserve(n + ROOMY_HEADER), opcode, n)
             if n:
                 memcpy(at, p, n)
+            if opcode == WSMsgType.TEXT:
+                self.relay._count_sent(sent_type(p, n), n, 1)
             self._commit(header_size(n) + n)
         return 0
 
@@ -860,8 +913,10 @@ cdef class Connection(WSListener):
                 self.relay._doom(self, 0)
                 return 0
             self.out_from += sent
-            self.relay.words[SENT_BYTES_TOTAL] += sent
+            self.relay.words[SENT_BYTES] += sent
         self.out_from = self.out_to = 0
+        if self.accounted:
+            self._account(0)
         if self.overdraft:
             self._overdraw(0)
         return 0
@@ -881,11 +936,24 @@ cdef class Connection(WSListener):
         cdef size_t waiting = self.out_to - self.out_from
         cdef size_t limit = self.relay.output_bytes
         self.try_above = min(waiting + FLUSH_ABOVE, limit) if waiting < limit else waiting + FLUSH_ABOVE
+        self._account(waiting)
         self._overdraw(waiting - limit if waiting > limit else 0)
         if not self.is_blocked:
             self.is_blocked = True
+            self.relay.words[BLOCKED] += 1
             self.relay.edge.block(self)
         return 0
+
+    cdef int _unblock(self) except -1:
+        self.is_blocked = False
+        self.relay.words[BLOCKED] -= 1
+        self.relay.edge.unblock(self)
+        return 0
+
+    cdef void _account(self, size_t refused) noexcept:
+        """The kernel has refused so many bytes of ours by now."""
+        self.relay.words[WAITING_OUTPUT] += refused - self.accounted
+        self.accounted = refused
 
     cdef int _overdraw(self, size_t over) except -1:
         """`over` bytes above the limit for slow readers are with us.
@@ -916,8 +984,7 @@ cdef class Connection(WSListener):
         if self.out_from < self.out_to:
             return 0
         if self.is_blocked:
-            self.is_blocked = False
-            self.relay.edge.unblock(self)
+            self._unblock()
         if self.state == CLOSING:
             if self.drops_when_sent:
                 self._drop()
@@ -949,6 +1016,9 @@ cdef class Connection(WSListener):
             self.relay.connections -= 1
 
     cdef int _expire(self, double now) except -1:
+        if self.state == HANDSHAKE:
+            self.relay.words[TIMEOUT] += 1
+            self.state = CLOSED
         if self.state != OPEN:
             return self._drop()
         if now >= self.probe_by:
@@ -995,7 +1065,7 @@ cdef class Connection(WSListener):
         if self.state != OPEN:
             return
         self.is_heard = True
-        self.relay.words[RECEIVED_BYTES_TOTAL] += header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
+        self.relay.words[RECEIVED_BYTES] += header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
         try:
             if frame.msg_type == WSMsgType.TEXT and frame.fin and not (
                     self.parts_count or frame.rsv1 or frame.rsv2 or frame.rsv3):
@@ -1061,6 +1131,7 @@ cdef class Connection(WSListener):
             self.proceed()
         if self.state != OPEN:
             return 0
+        self.end = metrics.disconnect(code, is_by_client=True)
         self._depart("left" if code in (0, 1000) else "lost")
         return self._close_frame(code)
 
@@ -1169,7 +1240,7 @@ cdef class Neighbour:
             self.is_reset = True
             self.is_open = False
             self._forget()
-            self.relay.words[LINKS_RESET_TOTAL] += 1
+            self.relay.words[LINKS_RESET] += 1
             self.link.close()
 
     @property
@@ -1211,7 +1282,7 @@ cdef class Neighbour:
         cdef Py_buffer view
         PyObject_GetBuffer(packet, &view, PyBUF_SIMPLE)
         try:
-            self.relay.words[BUS_RECEIVED_BYTES_TOTAL] += view.len
+            self.relay.words[BUS_RECEIVED] += view.len
             if view.len and not self.is_reset:
                 self._take_packet(<const char *>view.buf, view.len)
         finally:
@@ -1299,7 +1370,8 @@ cdef class Neighbour:
             e.recipient[i].n = <uint8_t>p[0]
             p = cut(p + 1, end, &e.recipient[i])
         p = cut(p, end, &e.payload)
-        if p != end:
+        self.relay.kind = -1 if p != end else relayed_type(e.type.p, e.type.n)
+        if self.relay.kind < 0:
             return self._not_understood()
         if payload == NO_PAYLOAD:
             e.payload.p = NULL
@@ -1310,7 +1382,7 @@ cdef class Neighbour:
         e.sender.p = NULL
         e.room.p = PyBytes_AS_STRING(sender.room.raw)
         e.room.n = PyBytes_GET_SIZE(sender.room.raw)
-        self.relay.words[RELAYED_FOR_OTHERS_TOTAL] += 1
+        self.relay.words[FOR_HOME] += 1
         return self.relay._route(sender, number != 0, number)
 
     cdef Member _guest(self, const char *p):
@@ -1329,7 +1401,6 @@ cdef class Neighbour:
         memcpy(&number, p + 8, 4)
         if member is not None:
             member.connection._frame(WSMsgType.TEXT, p + 12, n - 12)
-            self.relay.words[MESSAGES_DELIVERED_TOTAL] += 1
         return self._confirm(number, member is not None)
 
     cdef int _take_told(self, const char *p, size_t n) except -1:
@@ -1357,8 +1428,7 @@ cdef class Neighbour:
         if room is not None:
             n = end - p
             put(put_header(self.relay._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), p, n)
-            delivered = self.relay._fan_out(room, but, header_size(n), n, None)
-            self.relay.words[MESSAGES_DELIVERED_TOTAL] += delivered
+            delivered = self.relay._fan_out(room, but, header_size(n), n, sent_type(p, n), None)
         return self._confirm(number, delivered)
 
     cdef int _confirm(self, uint32_t number, uint32_t delivered) except -1:
@@ -1538,7 +1608,7 @@ cdef class Neighbour:
         if not self.link.send(packet, fds):
             self.is_blocked = True
             return False
-        self.relay.words[BUS_SENT_BYTES_TOTAL] += PyBytes_GET_SIZE(packet)
+        self.relay.words[BUS_SENT] += PyBytes_GET_SIZE(packet)
         return True
 
     cdef bytes _packet(self):
@@ -1595,13 +1665,14 @@ cdef class Relay:
     word)` for what another worker says about members. `edge` gives `block(connection)` and `unblock(connection)` (watch
     its socket for room), `pause(connection)` and `resume(connection)` (reading), `discard(connection)` (nothing that it
     sends is read any more), `linger(connection)` (its last frame is out), `drop(transport)`.
+    `relayed(type, bytes, began, ended)` is told of a message that is traced, once it is out.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.
     """
 
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
-    cdef object on_word, on_bug
+    cdef object on_word, on_bug, on_relayed
     cdef size_t message_bytes, output_bytes, link_bytes
     cdef double handshake_s, first_message_s, ping_s
     cdef Table table                # of Room
@@ -1626,6 +1697,16 @@ cdef class Relay:
     cdef uint32_t acks              # numbers given
     cdef Py_buffer counters         # what `words` points into
     cdef uint64_t *words            # WORDS of them
+    cdef uint64_t serials           # connections numbered
+    cdef int kind                   # `relayed_type` of the message in `envelope`
+    cdef uint64_t until_sample      # messages to relay until the next one that is timed
+    cdef uint64_t until_trace       # and, counted from the last that was timed, that is traced
+    cdef uint64_t trace_every       # 0: never
+    cdef double sampled_at          # when one that is timed was read, 0: none is on its way
+    cdef tuple traced               # type and bytes of one that is traced, on its way
+    cdef list seen                  # what `take_seen` gives
+    cdef int watches                # rooms that may be watched, besides those that are
+    cdef int watched_rooms
 
     def __cinit__(self):
         self.table = Table()
@@ -1633,12 +1714,13 @@ cdef class Relay:
         self.overdrawn = set()
         self.talking = []
         self.pending = {}
+        self.seen = []
+        self.until_sample = SAMPLED
         self.pool = <char **>malloc(POOLED_CHUNKS * sizeof(char *))
         if self.pool == NULL:
             raise MemoryError
 
-    def __init__(self, *, call_soon, clock, counters, message_bytes, output_bytes, handshake_s, first_message_s,
-                 ping_s):
+    def __init__(self, *, call_soon, clock, counters, ping_s, **limits):
         if self.words != NULL:
             raise InvariantError("a relay is made once")
         PyObject_GetBuffer(counters, &self.counters, PyBUF_WRITABLE)
@@ -1648,19 +1730,23 @@ cdef class Relay:
         self.words = <uint64_t *>self.counters.buf
         self.call_soon = call_soon
         self.clock = clock
-        self.configure(message_bytes=message_bytes, output_bytes=output_bytes, handshake_s=handshake_s,
-                       first_message_s=first_message_s)
+        self.configure(**limits)
         self.ping_s = ping_s
         self.flush_method = self.flush
         self.ticked = <uint64_t>(clock() * TICKS_PER_S)
 
-    def configure(self, *, message_bytes, output_bytes, handshake_s, first_message_s):
+    def configure(self, *, message_bytes, output_bytes, handshake_s, first_message_s, watched_rooms=0, trace_every=0):
         """New limits; a deadline that is set already stays."""
         self.message_bytes = message_bytes
         self.link_bytes = max(<size_t>LINK_BYTES, 4 * self.message_bytes)
         self.output_bytes = output_bytes or <size_t>-1
         self.handshake_s = handshake_s or 1e300
         self.first_message_s = first_message_s
+        self.watches += <int>watched_rooms - self.watched_rooms
+        self.watched_rooms = watched_rooms
+        self.trace_every = trace_every
+        self.until_trace = self.trace_every or <uint64_t>-1
+        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
 
     def bind(self, hub, edge):
         """Who decides, and who holds the sockets. Once, before the first connection."""
@@ -1671,6 +1757,7 @@ cdef class Relay:
         self.on_departed = hub.depart
         self.on_withdrawn = hub.withdraw
         self.on_bug = hub.report_bug
+        self.on_relayed = hub.relayed
         self.edge = edge
 
     def __dealloc__(self):
@@ -1686,11 +1773,132 @@ cdef class Relay:
         if self.words != NULL:
             PyBuffer_Release(&self.counters)
 
-    def count(self, size_t index):
-        """One more of what Python code counts; `index` is that of `metrics.INDEX`."""
+    # ---- what is counted
+
+    def count(self, size_t index, uint64_t more=1):
+        """So many more of what Python code counts; `index` is one of `metrics.index`."""
         if index >= WORDS:
             raise InvariantError("there is no such counter")
-        self.words[index] += 1
+        self.words[index] += more
+
+    def set(self, size_t index, uint64_t value):
+        """The value of a gauge."""
+        if index >= WORDS:
+            raise InvariantError("there is no such gauge")
+        self.words[index] = value
+
+    def observe(self, histogram not None, double value):
+        """One value of a `metrics.histogram`, in its unit. Below 0 is 0."""
+        self._observe(histogram, value)
+
+    cdef int _observe(self, histogram, double value) except -1:
+        cdef size_t first = histogram[0], place = 0
+        cdef tuple bounds = histogram[1]
+        cdef size_t n = len(bounds)
+        if first + n + 2 > WORDS:
+            raise InvariantError("there is no such histogram")
+        value = max(value, 0.0)
+        while place < n and value > <double>bounds[place]:
+            place += 1
+        self.words[first + place] += 1
+        self.words[first + n + 1] += <uint64_t>(value * <double>histogram[2])
+        return 0
+
+    cdef inline void _count_sent(self, size_t type, size_t n, size_t times) noexcept:
+        cdef uint64_t *words = self.words + type
+        words[SENT] += times
+        words[SENT_TEXT] += times * n
+
+    cdef int _count_other(self, str type, size_t n) except -1:
+        """A message that is not relayed; what we do not know, and what nobody can read, is `other`."""
+        cdef size_t place = OF_RECEIVED.get(type, OF_RECEIVED["other"])
+        self.words[RECEIVED + place] += 1
+        self.words[RECEIVED_TEXT + place] += n
+        return 0
+
+    cdef void _count_room(self, size_t before, size_t after) noexcept:
+        """A room of ours has another number of members."""
+        if before:
+            self.words[ROOMS + size_class(before)] -= 1
+        if after:
+            self.words[ROOMS + size_class(after)] += 1
+
+    cdef int _sample(self, size_t n) except -1:
+        """The message in `envelope` is timed until the end of its loop turn, or traced, or both."""
+        if self.until_trace <= SAMPLED:
+            self.traced = (text_of(self.envelope.type), n)
+            self.until_trace = self.trace_every
+        elif self.trace_every:
+            self.until_trace -= SAMPLED
+        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
+        if not self.sampled_at:
+            self.sampled_at = self.clock()
+        if not self.is_scheduled:  # it may be for nobody
+            self.is_scheduled = True
+            self.call_soon(self.flush_method)
+        return 0
+
+    cdef int _end_sample(self) except -1:
+        cdef double began = self.sampled_at, ended = self.clock()
+        cdef tuple traced = self.traced
+        self.sampled_at = 0
+        self.traced = None
+        self._observe(RELAY_SECONDS, ended - began)
+        if traced is not None:
+            try:
+                self.on_relayed(traced[0], traced[1], began, ended)
+            except Exception:
+                self.on_bug(None)
+        return 0
+
+    def stats(self):
+        """How long the tables are and what the buffers hold, by name: looks at every connection."""
+        cdef Connection connection
+        cdef size_t output = 0, input = 0
+        for connection in self.all_connections():
+            output += connection.out_size
+            input += connection.parts_size + connection.waiting_size
+        return {
+            "connections": self.connections, "rooms": self.table.used, "acks_pending": len(self.pending),
+            "connections_to_flush": self.dirty_to - self.dirty_from, "rooms_watched": self.watched_rooms - self.watches,
+            "output_buffer_bytes": output, "input_buffer_bytes": input, "pool_bytes": self.pooled * CHUNK,
+            "scratch_bytes": self.scratch_size, "overdraft_bytes": self.overdraft,
+        }
+
+    # ---- calls, watched for the metrics
+
+    def take_seen(self):
+        """What watched rooms said since the last call: a list of (room, n of the sender, n of the recipient or 0 for a
+        broadcast, type, up to 16 KiB of payload, monotonic seconds)."""
+        cdef list seen = self.seen
+        self.seen = []
+        return seen
+
+    def end_watch(self, Room room not None):
+        """Its place is another room's."""
+        if room.watch:
+            room.watch = 0
+            self.watches += 1
+
+    cdef inline bint _is_watched(self, Room room) noexcept:
+        """Also: watch it from this offer on, while there is a place."""
+        if room.watch == 0 and self.kind == OFFER and self.watches > 0:
+            room.watch = WATCHED_MESSAGES
+            self.watches -= 1
+        return room.watch > 0
+
+    cdef int _see(self, Member sender, Member recipient) except -1:
+        cdef fs_envelope *e = &self.envelope
+        cdef Room room = sender.room
+        if room.watch > 0:
+            room.watch -= 1
+            if room.watch == 0:
+                room.watch = -1
+            self.seen.append((
+                room, sender.n, 0 if recipient is None else recipient.n, metrics.RELAYED_TYPES[self.kind],
+                b"" if e.payload.p == NULL else e.payload.p[:min(e.payload.n, <uint32_t>WATCHED_BYTES)], self.clock(),
+            ))
+        return 0
 
     # ---- rooms
 
@@ -1739,9 +1947,7 @@ cdef class Relay:
             room.order = []
             room.owner = owner
             table.put(room.hash, room)
-            if owner is None:
-                self.words[ROOMS] += 1
-            else:
+            if owner is not None:
                 room.roster = {}
         return room
 
@@ -1759,6 +1965,8 @@ cdef class Relay:
         if room.owner is not None:
             room.owner.members.put(fs_mix(member.n), member)
             self.words[REMOTE_MEMBERS] += 1
+        else:
+            self._count_room(member.index, member.index + 1)
         if FASTSIG_DEBUG:
             self._check(room)
         return member
@@ -1780,6 +1988,8 @@ cdef class Relay:
         if room.owner is not None:
             room.owner.members.remove(fs_mix(member.n), member)
             self.words[REMOTE_MEMBERS] -= 1
+        else:
+            self._count_room(len(room.order) + 1, len(room.order))
         if not room.order and not room.pins:
             self._drop(room)
         if FASTSIG_DEBUG:
@@ -1790,7 +2000,6 @@ cdef class Relay:
             room.owner.rooms.remove(room.hash, room)
         else:
             self.table.remove(room.hash, room)
-            self.words[ROOMS] -= 1
         return 0
 
     def pin(self, str room_name not None, Neighbour owner not None):
@@ -1828,7 +2037,7 @@ cdef class Relay:
         if knows is not None:
             knows.fan_out = self.fan_outs + 1  # the one that follows takes it as served
             knows.is_skipped = False
-        self._fan_out(room, but, header_size(n), n, word)
+        self._fan_out(room, but, header_size(n), n, sent_type(PyBytes_AS_STRING(text), n), word)
 
     def tell(self, Member member not None, bytes text not None):
         """One text message of the server to one member, wherever its connection is."""
@@ -2013,6 +2222,8 @@ cdef class Relay:
                 self._step(connection)
         if self.dirty_from == self.dirty_to:
             self.dirty_from = self.dirty_to = 0
+            if self.sampled_at:
+                self._end_sample()
         while self.doomed:
             connection, code = self.doomed.pop()
             try:
@@ -2049,16 +2260,26 @@ cdef class Relay:
 
         A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
         cdef int verdict
+        cdef uint64_t *words
+        cdef Message message
         if connection.is_undecided:
             return connection._keep(p, n)
         verdict = fs_scan(p, n, &self.envelope)
-        if verdict == FS_OK and is_relayed(self.envelope.type.p, self.envelope.type.n):
-            self.words[RELAYED_MESSAGES_RECEIVED_TOTAL] += 1
-            return self._relay(connection)
-        self.words[OTHER_MESSAGES_RECEIVED_TOTAL] += 1
         if verdict == FS_OK:
-            self.on_message(connection, message_of(&self.envelope))
+            self.kind = relayed_type(self.envelope.type.p, self.envelope.type.n)
+            if self.kind >= 0:
+                words = self.words + self.kind
+                words[RECEIVED] += 1
+                words[RECEIVED_TEXT] += n
+                self.until_sample -= 1
+                if self.until_sample == 0:
+                    self._sample(n)
+                return self._relay(connection)
+            message = message_of(&self.envelope)
+            self._count_other(message.type, n)
+            self.on_message(connection, message)
             return 0
+        self._count_other("other", n)
         if verdict == FS_BAD_UTF8:
             return connection.fail(1007)
         if verdict == FS_BAD_JSON:
@@ -2084,6 +2305,7 @@ cdef class Relay:
             return self._refuse(connection, "not_joined", None)
         if sender.room.owner is not None:
             return self._relay_away(sender)
+        self.words[LOCAL] += 1
         return self._route(sender, connection.wants_ack and e.id.p != NULL, 0)
 
     cdef int _relay_away(self, Member sender) except -1:
@@ -2093,7 +2315,7 @@ cdef class Relay:
         cdef Pending pending = None
         if not owner.is_open or owner._is_congested():
             return self._refuse(sender.connection, "backend_unavailable", recipients_of(e))
-        self.words[RELAYED_AWAY_TOTAL] += 1
+        self.words[TO_OWNER] += 1
         if sender.connection.wants_ack and e.id.p != NULL:
             pending = self._ack_of(sender, 0)
             pending.homes.append(owner)
@@ -2120,15 +2342,17 @@ cdef class Relay:
         """The message in `envelope` to the members of a room of ours. `sender` is one, here or elsewhere."""
         cdef fs_envelope *e = &self.envelope
         cdef Pending pending = self._ack_of(sender, asked_as) if wants_ack else None
+        cdef bint is_watched = self.kind <= CANDIDATE and self._is_watched(sender.room)
         cdef uint32_t delivered
         cdef size_t n
         if e.recipients:
-            delivered = self._direct(sender, pending)
+            delivered = self._direct(sender, pending, is_watched)
         else:
             n = self._envelope_size(sender, None)
             self._envelope(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, None)
-            delivered = self._fan_out(sender.room, sender, header_size(n), n, None, pending)
-        self.words[MESSAGES_DELIVERED_TOTAL] += delivered
+            delivered = self._fan_out(sender.room, sender, header_size(n), n, self.kind, None, pending)
+            if is_watched:
+                self._see(sender, None)
         if pending is not None:
             pending.delivered = delivered
             if pending.homes:
@@ -2137,7 +2361,7 @@ cdef class Relay:
                 self._ack(pending)
         return 0
 
-    cdef uint32_t _direct(self, Member sender, Pending pending) except? 0xffffffff:
+    cdef uint32_t _direct(self, Member sender, Pending pending, bint is_watched) except? 0xffffffff:
         """To the recipients by name; those that are not there are named in one error, those out of reach in another."""
         cdef fs_envelope *e = &self.envelope
         cdef Member member
@@ -2151,6 +2375,8 @@ cdef class Relay:
                 absent.append(text_of(e.recipient[i]))
                 continue
             n = self._envelope_size(sender, member)
+            if is_watched:
+                self._see(sender, member)
             if member.connection is None:
                 if member.home._is_congested():
                     unreachable = unreachable or []
@@ -2161,6 +2387,7 @@ cdef class Relay:
                 continue
             self._envelope(put_header(member.connection._reserve(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, member)
             member.connection._commit(header_size(n) + n)
+            self._count_sent(self.kind, n, 1)
             delivered += 1
         if absent is not None:
             self._refuse_member(sender, "peer_unavailable", absent)
@@ -2174,10 +2401,11 @@ cdef class Relay:
         self.on_guest_refused(sender, code, text_of(self.envelope.id), recipients)
         return 0
 
-    cdef uint32_t _fan_out(self, Room room, Member but, size_t header, size_t n, bytes word,
+    cdef uint32_t _fan_out(self, Room room, Member but, size_t header, size_t n, int type, bytes word,
                            Pending pending=None) except? 0xffffffff:
-        """The frame in the scratch buffer (a header and n bytes) to everybody but one; a worker that has several of
-        them gets one frame, `word` or a broadcast. Never yields: a directed message would overtake it."""
+        """The frame in the scratch buffer (a header and n bytes, of that `sent_type`) to everybody but one; a worker
+        that has several of them gets one frame, `word` or a broadcast. Never yields: a directed message would overtake
+        it."""
         cdef Py_ssize_t i, members = PyList_GET_SIZE(room.order)
         cdef Member member
         cdef Connection connection
@@ -2204,6 +2432,7 @@ cdef class Relay:
             memcpy(connection._reserve(header + n), self.scratch, header + n)
             connection._commit(header + n)
             delivered += 1
+        self._count_sent(type, n, delivered)
         if unreachable is not None:
             # Of a crowd no names: an error of 53 KB for a message of 40 bytes is a weapon.
             self._refuse_member(but, "backend_unavailable", unreachable if len(unreachable) <= MAX_NAMED else None)
@@ -2279,9 +2508,48 @@ cdef inline Member membership(Connection connection, fs_text room):
     return None
 
 
-cdef inline bint is_relayed(const char *type, size_t n) noexcept:
-    """The types that the server passes on without looking inside (PROTOCOL §3.1)."""
+cdef inline int relayed_type(const char *type, size_t n) noexcept:
+    """Which of `metrics.RELAYED_TYPES` it is: those that the server passes on without looking inside (PROTOCOL §3.1).
+    -1: none of them."""
+    if n == 13 and memcmp(type, b"ice-candidate", 13) == 0:
+        return CANDIDATE
+    if n == 5 and memcmp(type, b"offer", 5) == 0:
+        return OFFER
+    if n == 6 and memcmp(type, b"answer", 6) == 0:
+        return ANSWER
+    if n == 7 and memcmp(type, b"message", 7) == 0:
+        return MESSAGE
     if n > 2 and type[0] == b"x" and type[1] == b"-":
-        return True
-    return (n == 13 and memcmp(type, b"ice-candidate", 13) == 0 or n == 5 and memcmp(type, b"offer", 5) == 0
-            or n == 6 and memcmp(type, b"answer", 6) == 0 or n == 7 and memcmp(type, b"message", 7) == 0)
+        return EXTENSION
+    return -1
+
+
+cdef int sent_type(const char *text, size_t n) noexcept:
+    """Which of `metrics.SENT_TYPES` a text of ours is: all begin with {"type":"…" """
+    cdef const char *type = text + 9
+    cdef Py_ssize_t place
+    cdef bytes name
+    if n < 12:
+        return <int>PyList_GET_SIZE(SENT_NAMES) - 1
+    if n > 24:  # a relayed one also names room and sender
+        if memcmp(type, b'offer"', 6) == 0:
+            return OFFER
+        if memcmp(type, b'answer"', 7) == 0:
+            return ANSWER
+        if memcmp(type, b'ice-candidate"', 14) == 0:
+            return CANDIDATE
+        if memcmp(type, b'message"', 8) == 0:
+            return MESSAGE
+        if memcmp(type, b"x-", 2) == 0:
+            return EXTENSION
+    for place in range(EXTENSION + 1, PyList_GET_SIZE(SENT_NAMES)):
+        name = <bytes>PyList_GET_ITEM(SENT_NAMES, place)
+        if PyBytes_AS_STRING(name)[0] == type[0] and <size_t>PyBytes_GET_SIZE(name) < n - 9 and memcmp(
+                type, PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)) == 0:
+            return <int>place
+    return <int>PyList_GET_SIZE(SENT_NAMES) - 1
+
+
+cdef inline int size_class(size_t members) noexcept:
+    """Which of `metrics.ROOM_SIZES`: 1, 2, 3-4, 5-8 and so on; the last is all above."""
+    return min(0 if members < 2 else 64 - __builtin_clzll(members - 1), SIZES - 1)

@@ -206,6 +206,13 @@ class Ops:
     host: str = _option("127.0.0.1", "Address of the operations port.")
     port: int = _option(9600, "Operations port; 0: none.", most=65535)
     token: str = _option("", "Token that its clients must show; needed beyond loopback.", reloads=True, secret=True)
+    watched_rooms: int = _option(
+        64,
+        "Rooms per worker whose offers, answers and candidates are looked at for the metrics of calls; 0: none.",
+        most=4096,
+        reloads=True,
+        has_effect=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)

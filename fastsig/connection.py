@@ -57,7 +57,7 @@ _REPLAYED: Final = (
     b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
-_REFUSED: Final = metrics.INDEX["handshakes_refused_total"]
+_RESULTS: Final = metrics.indexes("handshakes_total")
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
 
@@ -300,6 +300,7 @@ class Handshake(asyncio.Protocol):
 
     def let_go(self) -> None:
         """It is another process's connection now: close this descriptor of it."""
+        self._connection.let_go()
         self._transport.abort()
 
     def serve(self) -> None:
@@ -310,7 +311,7 @@ class Handshake(asyncio.Protocol):
         self.data_received(b"")
 
     def _refuse(self, refusal: HttpError) -> None:
-        self._door.relay.count(_REFUSED)
+        self._door.relay.count(_RESULTS[refusal.code])
         fields = {"type": "error", "code": refusal.code, "message": refusal.sentence, "retry": refusal.status >= 500}
         self._connection.send_last(http_response(refusal.status, msgspec.json.encode(fields), headers=refusal.headers))
 

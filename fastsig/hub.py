@@ -59,7 +59,7 @@ _log = logs.get("fastsig.hub")
 ERROR_WINDOW_S: Final = 5.0
 DECISION_S: Final = 5.0  # PROTOCOL §3, Waiting
 
-_ERRORS_SENT: Final = metrics.INDEX["errors_sent_total"]
+_ERRORS: Final = metrics.indexes("errors_total")
 
 
 class _Request(NamedTuple):
@@ -148,7 +148,7 @@ class Hub:
         """One `error`; the counted kind ends a connection that insists (4509)."""
         entry = CATALOGUE[code]
         connection.send(protocol.error(entry, room=room, id=id, recipients=recipients, after_ms=after_ms))
-        self._relay.count(_ERRORS_SENT)
+        self._relay.count(_ERRORS[code])
         if entry.is_counted and self._is_one_too_many(connection):
             connection.send_close(CloseCode.TOO_MANY_ERRORS, "lost")
 
@@ -156,7 +156,7 @@ class Hub:
         """One `error`, of the kind that is not counted, for a message that its home had relayed to us."""
         text = protocol.error(CATALOGUE[code], room=sender.room.name, id=id, recipients=recipients, after_ms=None)
         self._relay.tell(sender, text)
-        self._relay.count(_ERRORS_SENT)
+        self._relay.count(_ERRORS[code])
 
     def depart(self, connection: Connection, reason: str) -> None:
         """The connection is going or gone: out of all its rooms, and not into another."""
@@ -173,6 +173,9 @@ class Hub:
     def report_bug(self, connection: Connection | None) -> None:
         """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone."""
         _log.exception("internal_error", peer=None if connection is None else connection.peer)
+
+    def relayed(self, type: str, size: int, began: float, ended: float) -> None:
+        """A relay that was picked for a trace."""
 
     def receive_word(self, neighbour: Neighbour, word: bytes) -> None:
         """What another worker says. One of another version says what cannot be read: the way to it is useless."""

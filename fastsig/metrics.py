@@ -1,62 +1,276 @@
 """What is counted: each number once, by name; and where it stands: one shared map for all processes of a server.
 
-The map has one slab per slot, a whole number of pages, of unsigned 64-bit words; a metric's place in METRICS is the
-index of its word. The supervisor makes the map (`Counters`) and reads it; a worker inherits the descriptor, maps its
-own slab (`open_slab`) and gives it to the relay, which adds to a word with one instruction.
+`FAMILIES` is the registry: what `/metrics` shows is made from it (`exposition`), and so is docs/metrics.md. A family
+has one series per combination of its labels, all of them known here: nothing that a peer says becomes a label. A
+histogram's series is one word per bound, one for what is above the last, and the sum.
 
-Invariants: a word has one writer, the slot's worker (`restarts_total`: the supervisor), so that nothing is locked and
-nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word is aligned:
-a reader sees it whole, but two words of one moment need not fit together.
+The map has one slab per slot, a whole number of pages, of unsigned 64-bit words. The supervisor makes it (`Counters`)
+and reads it; a worker inherits the descriptor, maps its own slab (`open_slab`) and gives it to the relay, which adds to
+a word with one instruction. `FIRST` says where a family begins; a time is kept in nanoseconds (`Family.scale`).
 
-`_relay.pyx` has the same list as an enum, which a test compares. New metrics go to the end of their group there too.
+Invariants: a word has one writer, the slot's worker (`worker_restarts_total`: the supervisor), so that nothing is
+locked and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word
+is aligned: a reader sees it whole, but two words of one moment need not fit together.
 """
 
 import mmap
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from itertools import product
+from typing import Final, Literal, NamedTuple
+
+from .errors import CATALOGUE, HTTP_STATUS, CloseCode
+
+PREFIX: Final = "fastsig_"
+NANO: Final = 1_000_000_000
+
+RELAYED_TYPES: Final = ("offer", "answer", "ice-candidate", "message", "x-*")  # x-*: all that begin with x-
+RECEIVED_TYPES: Final = (
+    *RELAYED_TYPES, "hello", "join", "leave", "update", "ping", "report", "refresh", "kick", "other",
+)  # fmt: skip
+SENT_TYPES: Final = (
+    *RELAYED_TYPES, "welcome", "joined", "left", "peer-joined", "peer-left", "peer-updated", "ack", "error", "pong",
+    "go-away", "other",
+)  # fmt: skip
+ROOM_SIZES: Final = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", "257-512", "513+")
+HANDSHAKES: Final = ("accepted", "passed", *HTTP_STATUS, "timeout", "gone")
+ENDS_BY_CLIENT: Final = (("1000", "client"), ("1001", "client"), ("1005", "client"), ("other", "client"))
+LOST: Final = ("1006", "lost")
+_NOT_OURS: Final = (*ENDS_BY_CLIENT, LOST)
+ENDS: Final = (
+    *_NOT_OURS, *((str(int(code)), code.name.lower()) for code in CloseCode if code != CloseCode.NORMAL),
+)  # fmt: skip
+ROUTES: Final = ("local", "to_owner", "for_home")
+OUTCOMES: Final = ("connected", "failed", "disconnected", "closed")
+CANDIDATES: Final = ("host", "srflx", "prflx", "relay")
+PROTOCOLS: Final = ("udp", "tcp")
+UNKNOWN: Final = "unknown"
+_TYPES: Final = (*CANDIDATES, UNKNOWN)
+OFFERS: Final = ("answered", "unanswered", "collided")
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """A counter only grows while the server lives; a gauge is how many there are now."""
+class Family:
+    """A counter only grows while the server lives; a gauge is how many there are now; a histogram counts values up to
+    each of `bounds`.
+
+    `name` is without `PREFIX`. `series`: the values of `labels`, in their order. `scale`: words per unit that is shown.
+    `is_by_worker`: shown with a label `worker` instead of summed. `source`: "map" is counted in the shared map,
+    "scrape" is found out when somebody asks.
+    """
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
+    labels: tuple[str, ...] = ()
+    series: tuple[tuple[str, ...], ...] = ((),)
+    bounds: tuple[float, ...] = ()
+    scale: int = 1
+    is_by_worker: bool = False
+    source: Literal["map", "scrape"] = "map"
+
+    @property
+    def words_each(self) -> int:
+        return len(self.bounds) + 2 if self.kind == "histogram" else 1
+
+    @property
+    def words(self) -> int:
+        return len(self.series) * self.words_each
+
+    def shown(self, values: Sequence[str]) -> str:
+        """A series as Prometheus writes it, without the prefix."""
+        pairs = ",".join(f'{label}="{value}"' for label, value in zip(self.labels, values, strict=True))
+        return f"{self.name}{{{pairs}}}" if pairs else self.name
 
 
-METRICS: Final = (
-    Metric("connections", "gauge", "WebSockets that are open, or closing."),
-    Metric("connections_total", "counter", "WebSockets opened."),
-    Metric("handshakes_refused_total", "counter", "HTTP requests answered with an error instead of a WebSocket."),
-    Metric("rooms", "gauge", "Rooms with somebody in them."),
-    Metric("members", "gauge", "Memberships: a peer counts once in each of its rooms."),
-    Metric("remote_members", "gauge", "Those of the members whose room is owned by another worker."),
-    Metric("relayed_messages_received_total", "counter", "Offers, answers, candidates, message and x-… of peers."),
-    Metric("relayed_away_total", "counter", "Those of them that went to another worker, the owner of their room."),
-    Metric("relayed_for_others_total", "counter", "Messages of peers of other workers, relayed by this one as owner."),
-    Metric("other_messages_received_total", "counter", "All other messages of peers, those refused as bad included."),
-    Metric(
-        "messages_delivered_total", "counter", "Relayed messages written to a recipient; a broadcast to n counts n."
+class Histogram(NamedTuple):
+    """Where a histogram stands, for `Relay.observe`: its first word, its bounds, words per unit of its sum."""
+
+    first: int
+    bounds: tuple[float, ...]
+    scale: int
+
+
+def _each(*labels: tuple[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """Labels, and all combinations of their values."""
+    return tuple(label for label, _ in labels), tuple(product(*(values for _, values in labels)))
+
+
+_FAST: Final = (
+    0.00001, 0.000025, 0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0,
+)  # fmt: skip
+_LAG: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+_HUMAN: Final = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 30.0)
+_LIVES: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
+_COUNTS: Final = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+
+FAMILIES: Final = (
+    # what every message adds to: together, so that they share cache lines
+    Family("received_messages_total", "counter", "Messages of peers.", *_each(("type", RECEIVED_TYPES))),
+    Family(
+        "received_message_bytes_total", "counter", "The same in bytes of JSON text.", *_each(("type", RECEIVED_TYPES))
     ),
-    Metric("errors_sent_total", "counter", "Messages answered with an error."),
-    Metric("received_bytes_total", "counter", "Frames received, with their headers; handshakes left out."),
-    Metric("sent_bytes_total", "counter", "What the kernel took: frames with their headers, and HTTP answers."),
-    Metric("slow_readers_closed_total", "counter", "Connections closed with 4003: they left too much output unread."),
-    Metric("unanswered_pings_closed_total", "counter", "Connections closed with 4002: nothing came back to a ping."),
-    Metric(
-        "connections_passed_total", "counter", "Connections handed to the owner of their ?room= before the upgrade."
+    Family(
+        "sent_messages_total", "counter", "Messages put on a peer's connection; a broadcast to n counts n.",
+        *_each(("type", SENT_TYPES)),
     ),
-    Metric("bus_sent_bytes_total", "counter", "Said to other workers."),
-    Metric("bus_received_bytes_total", "counter", "Heard from other workers."),
-    Metric("links_reset_total", "counter", "Ways to another worker that this one broke off: too much was waiting."),
-    Metric("restarts_total", "counter", "Workers started in place of one that had ended."),
-)
-INDEX: Final = {metric.name: index for index, metric in enumerate(METRICS)}
+    Family("sent_message_bytes_total", "counter", "The same in bytes of JSON text.", *_each(("type", SENT_TYPES))),
+    Family("received_bytes_total", "counter", "Frames received, with their headers; handshakes left out."),
+    Family("sent_bytes_total", "counter", "What the kernel took: frames with their headers, and HTTP answers."),
+    Family(
+        "relays_total", "counter",
+        "Messages relayed: within their worker (local), sent on to the worker that owns their room (to_owner), done by"
+        " that one for another (for_home). One across workers counts as to_owner and as for_home.",
+        *_each(("route", ROUTES)),
+    ),
+    Family(
+        "relay_seconds", "histogram",
+        "From when a message was read until its loop turn had given all output to the kernel. A sample: one in 64.",
+        bounds=_FAST, scale=NANO,
+    ),
+    # connections
+    Family("connections", "gauge", "WebSockets that are open, or closing.", is_by_worker=True),
+    Family(
+        "handshakes_total", "counter",
+        "What became of requests for a WebSocket: accepted, passed to the worker that owns their ?room=, timeout (the"
+        " request was not whole in time), gone (the client left before), else the error that they were refused with.",
+        *_each(("result", HANDSHAKES)),
+    ),
+    Family(
+        "disconnects_total", "counter",
+        "WebSockets ended. `reason` is client where the client closed with `code` (1005: none given), lost where the"
+        " connection broke, else the server's.",
+        ("code", "reason"), ENDS,
+    ),
+    Family("connection_duration_seconds", "histogram", "How long WebSockets lasted.", bounds=_LIVES, scale=NANO),
+    Family("waiting_output_bytes", "gauge", "Output that the kernel refused so far: readers are slow."),
+    Family("blocked_connections", "gauge", "Connections with such output."),
+    # rooms
+    Family(
+        "rooms", "gauge", "Rooms with somebody in them, by the number of their members.", *_each(("size", ROOM_SIZES))
+    ),
+    Family("members", "gauge", "Memberships: a peer counts once in each of its rooms.", is_by_worker=True),
+    Family("remote_members", "gauge", "Those of the members whose room is owned by another worker."),
+    Family("errors_total", "counter", "Messages answered with an error.", *_each(("code", tuple(CATALOGUE)))),
+    # between workers
+    Family("bus_sent_bytes_total", "counter", "Said to other workers."),
+    Family("bus_received_bytes_total", "counter", "Heard from other workers."),
+    Family("links_reset_total", "counter", "Ways to another worker that one broke off: too much was waiting."),
+    Family("worker_restarts_total", "counter", "Workers started in place of one that had ended.", is_by_worker=True),
+    Family(
+        "loop_lag_seconds", "histogram",
+        "How late the event loops of workers were for a timer, four times a second each: what a message waits.",
+        bounds=_LAG, scale=NANO,
+    ),
+    Family(
+        "worker_loop_lag_seconds", "gauge", "The worst of that in the last ten seconds.", scale=NANO, is_by_worker=True
+    ),
+    # whether calls connect: as peers report it
+    Family(
+        "peer_connection_reports_total", "counter",
+        "What peers said with `report` about their peer connections. Each of the two ends counts.",
+        *_each(("outcome", OUTCOMES)),
+    ),
+    Family(
+        "peer_connection_setup_seconds", "histogram", "The `ms` of reports of `connected`.", bounds=_HUMAN, scale=NANO
+    ),
+    Family(
+        "peer_connection_paths_total", "counter",
+        "The candidate types and protocol that reports of `connected` named.",
+        *_each(("local", _TYPES), ("remote", _TYPES), ("protocol", (*PROTOCOLS, UNKNOWN))),
+    ),
+    # and as it looks from here, in the sample of rooms that is watched
+    Family("watched_rooms", "gauge", "Rooms that are watched now: from an offer on, for 30 s."),
+    Family(
+        "watched_offers_total", "counter",
+        "Offers in watched rooms that were answered within 30 s, or not, or crossed an offer of the other side.",
+        *_each(("result", OFFERS)),
+    ),
+    Family(
+        "offer_answer_seconds", "histogram", "From an offer in a watched room to its answer.", bounds=_HUMAN, scale=NANO
+    ),
+    Family(
+        "watched_candidates_total", "counter", "ICE candidates in watched rooms, also those inside offers and answers.",
+        *_each(("type", _TYPES)),
+    ),
+    Family(
+        "candidates_per_pair", "histogram", "ICE candidates that two peers of a watched room sent each other.",
+        bounds=_COUNTS,
+    ),
+    # found out at the scrape
+    Family(
+        "workers", "gauge", "Slots by what their worker does.",
+        *_each(("state", ("serving", "starting", "stuck", "draining", "absent"))), source="scrape",
+    ),
+    Family("ready", "gauge", "1 while the server accepts and does not drain.", source="scrape"),
+    Family("start_time_seconds", "gauge", "When the server started, in unix time.", source="scrape"),
+    Family("process_cpu_seconds_total", "counter", "CPU time used.", ("process", "worker"), (), source="scrape"),
+    Family("process_resident_memory_bytes", "gauge", "Memory in RAM.", ("process", "worker"), (), source="scrape"),
+    Family("process_open_fds", "gauge", "Open file descriptors.", ("process", "worker"), (), source="scrape"),
+    Family("process_max_fds", "gauge", "How many it may open.", ("process", "worker"), (), source="scrape"),
+    Family(
+        "build_info", "gauge", "Always 1.", ("version", "python", "picows", "uvloop"), (), source="scrape"
+    ),
+)  # fmt: skip
+BY_NAME: Final = {family.name: family for family in FAMILIES}
+IN_MAP: Final = tuple(family for family in FAMILIES if family.source == "map")
 
+
+def _layout() -> Iterator[tuple[str, int]]:
+    at = 0
+    for family in IN_MAP:
+        yield family.name, at
+        at += family.words
+
+
+FIRST: Final = dict(_layout())
+WORDS: Final = sum(family.words for family in IN_MAP)
 WORD_BYTES: Final = 8
-SLAB_BYTES: Final = -(-len(METRICS) * WORD_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+SLAB_BYTES: Final = -(-WORDS * WORD_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def index(name: str, *values: str) -> int:
+    """The word of a series of a counter or gauge, for `Relay.count`. Raises KeyError or ValueError: there is none."""
+    return FIRST[name] + BY_NAME[name].series.index(values)
+
+
+def indexes(name: str) -> dict[str, int]:
+    """The words of a family with one label, by its values."""
+    return {values[0]: FIRST[name] + place for place, values in enumerate(BY_NAME[name].series)}
+
+
+def histogram(name: str) -> Histogram:
+    """For `Relay.observe`."""
+    family = BY_NAME[name]
+    return Histogram(FIRST[name], family.bounds, family.scale)
+
+
+def disconnect(code: int, *, is_by_client: bool) -> int:
+    """The word for a WebSocket that ended with a close frame: the client's, with `code` 0 for none, or ours."""
+    if is_by_client:
+        return _BY_CLIENT.get(code or 1005, _BY_CLIENT[0])
+    return _BY_US.get(code, _BY_US[CloseCode.PROTOCOL_ERROR])  # picows knows another way to say that
+
+
+_BY_CLIENT: Final = {
+    0 if code == "other" else int(code): index("disconnects_total", code, who) for code, who in ENDS_BY_CLIENT
+}
+_BY_US: Final = {
+    int(code): index("disconnects_total", code, reason) for code, reason in ENDS if (code, reason) not in _NOT_OURS
+}
+
+
+def summary(words: Sequence[int]) -> dict[str, int]:
+    """The counters and gauges of one slab: each family's total, and of those with labels each series that is not 0."""
+    found = {}
+    for family in IN_MAP:
+        if family.kind != "histogram":
+            own = words[FIRST[family.name] : FIRST[family.name] + family.words]
+            found[family.name] = sum(own)
+            if family.labels:
+                found |= {family.shown(values): n for values, n in zip(family.series, own, strict=True) if n}
+    return found
 
 
 class Counters:
@@ -72,20 +286,26 @@ class Counters:
             raise
         self._words = memoryview(self._map).cast("Q")
 
-    def read(self, slot: int) -> dict[str, int]:
-        """All numbers of one slot."""
+    def words(self, slot: int) -> list[int]:
+        """All words of one slot, now."""
         first = slot * SLAB_BYTES // WORD_BYTES
-        return dict(zip(INDEX, self._words[first : first + len(METRICS)], strict=True))
+        return self._words[first : first + WORDS].tolist()
+
+    def read(self, slot: int) -> dict[str, int]:
+        """The `summary` of one slot."""
+        return summary(self.words(slot))
 
     def add(self, slot: int, name: str) -> None:
         """One more of a metric that is the supervisor's own."""
-        self._words[slot * SLAB_BYTES // WORD_BYTES + INDEX[name]] += 1
+        self._words[slot * SLAB_BYTES // WORD_BYTES + FIRST[name]] += 1
 
     def zero_gauges(self, slot: int) -> None:
         """The worker of `slot` has ended, and with it all that it had. Not while one runs: it is the writer."""
-        for index, metric in enumerate(METRICS):
-            if metric.kind == "gauge":
-                self._words[slot * SLAB_BYTES // WORD_BYTES + index] = 0
+        for family in IN_MAP:
+            if family.kind == "gauge":
+                first = slot * SLAB_BYTES // WORD_BYTES + FIRST[family.name]
+                for place in range(first, first + family.words):
+                    self._words[place] = 0
 
     def close(self) -> None:
         """Idempotent. The workers keep what they have mapped."""

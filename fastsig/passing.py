@@ -28,7 +28,7 @@ ANSWER_S: Final = 0.25  # then it is served here (ARCHITECTURE §1)
 OFFERS: Final = 64  # undecided at once; what is above is served where it was accepted
 OFFERED: Final = 1024  # the same on the other side, over all workers
 
-_PASSED: Final = metrics.INDEX["connections_passed_total"]
+_PASSED: Final = metrics.index("handshakes_total", "passed")
 
 
 class Passing:

@@ -27,7 +27,7 @@ import msgspec
 from msgspec import Struct
 
 REQUEST_BYTES: Final = 4096
-ANSWER_BYTES: Final = 1 << 22  # 1,024 slots need a quarter of it
+ANSWER_BYTES: Final = 1 << 25  # 1,024 slots in which every series counts need half of it
 CLIENTS: Final = 16  # at once; more are turned away
 CLIENT_S: Final = 2.0  # for a client to ask and to read
 ASK_S: Final = 3.0
@@ -50,7 +50,7 @@ class Process(Struct, frozen=True):
 
 
 class WorkerStatus(Struct, frozen=True):
-    """One slot. While no worker runs there, `pid` and `process` are null. `counters`: by the names of `metrics`."""
+    """One slot. While no worker runs there, `pid` and `process` are null. `counters`: a `metrics.summary`."""
 
     slot: int
     generation: int
@@ -312,8 +312,8 @@ def _others(directory: Path) -> str:
 
 _COLUMNS: Final = {
     "connections": "connections", "rooms": "rooms", "members": "members", "remote": "remote_members",
-    "relayed": "relayed_messages_received_total", "away": "relayed_away_total", "delivered": "messages_delivered_total",
-    "passed": "connections_passed_total", "errors": "errors_sent_total", "restarts": "restarts_total",
+    "received": "received_messages_total", "sent": "sent_messages_total", "away": 'relays_total{route="to_owner"}',
+    "passed": 'handshakes_total{result="passed"}', "errors": "errors_total", "restarts": "worker_restarts_total",
 }  # fmt: skip
 _BYTES: Final = {"MiB in": "received_bytes_total", "MiB out": "sent_bytes_total"}
 
@@ -352,8 +352,13 @@ def _sum(all_counters: Iterable[dict[str, int]]) -> dict[str, int]:
 
 def _counted(counters: dict[str, int]) -> list[str]:
     """A server of another version may not have all."""
-    counts = [str(counters.get(name, "-")) for name in _COLUMNS.values()]
+    counts = [_count(counters, name) for name in _COLUMNS.values()]
     return counts + [_mebibytes(counters[name]) if name in counters else "-" for name in _BYTES.values()]
+
+
+def _count(counters: dict[str, int], name: str) -> str:
+    """A series that is 0 is left out of a `metrics.summary`."""
+    return str(counters.get(name, 0 if name.partition("{")[0] in counters else "-"))
 
 
 def _mebibytes(count: int) -> str:

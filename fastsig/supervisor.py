@@ -303,7 +303,7 @@ class Supervisor:
             else:
                 self._workers[start.slot] = worker
                 if start.generation > 1:
-                    self._counters.add(start.slot, "restarts_total")
+                    self._counters.add(start.slot, "worker_restarts_total")
                 worker.watch(self._events.put_nowait, self._handle_heartbeat)
                 worker.log.debug("worker_started", generation=start.generation)
 

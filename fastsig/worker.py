@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, Final, Generic, TypeVar
 
@@ -27,7 +28,7 @@ from . import logs, metrics
 from ._relay import Connection, Relay
 from .bus import Link
 from .bus_mesh import Mesh
-from .config import Config, Limits
+from .config import Config
 from .connection import RECEIVE_BYTES, Acceptor, Door, Edge
 from .control import (
     NOTHING,
@@ -67,6 +68,10 @@ LINKS_S: Final = 5.0  # the links of a new worker may be late: they take descrip
 COMPLAIN_S: Final = 10.0  # what cannot be received is said so often at most
 HEAD_START: Final = 0.1  # of the drain: for so long before its close a client is asked to go by itself
 
+LAG_WINDOW_S: Final = 10.0
+
+_LAG: Final = metrics.histogram("loop_lag_seconds")
+_WORST_LAG: Final = metrics.index("worker_loop_lag_seconds")
 _HOST: Final = ""  # the name of this node: there is one
 _T = TypeVar("_T")
 
@@ -101,6 +106,27 @@ class Pace(Generic[_T]):
         return due
 
 
+class Lag:
+    """How late the loop is for its ticks. Pure: `now` is an argument, monotonic seconds."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.due_at = math.inf  # of the next tick
+        self._relay = relay
+        self._worst: deque[tuple[float, float]] = deque()  # (when, seconds late): each is the worst since its time
+
+    def note(self, now: float) -> None:
+        """A tick begins: count how late it is, and show the worst of the last `LAG_WINDOW_S`."""
+        late = max(0.0, now - self.due_at)
+        if self.due_at < math.inf:
+            self._relay.observe(_LAG, late)
+        while self._worst and self._worst[-1][1] <= late:
+            self._worst.pop()
+        self._worst.append((now, late))
+        while self._worst[0][0] < now - LAG_WINDOW_S:
+            self._worst.popleft()
+        self._relay.set(_WORST_LAG, int(self._worst[0][1] * metrics.NANO))
+
+
 class Worker:
     """Wires the parts together and lives until it is told to stop, or the control channel ends."""
 
@@ -110,8 +136,9 @@ class Worker:
         limits = boot.config.limits
         counters = metrics.open_slab(boot.counters, boot.slot)
         self.relay = Relay(
-            call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(limits)
+            call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(boot.config)
         )
+        self._lag = Lag(self.relay)
         self.hub = Hub(self.relay, limits, place=Place(Address(_HOST, boot.slot), boot.generation, boot.view))
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
@@ -259,7 +286,7 @@ class Worker:
         """All at once: no message is handled under half of it."""
         self._config = config
         logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
-        self.relay.configure(**_for_relay(config.limits))
+        self.relay.configure(**_for_relay(config))
         self.hub.configure(config.limits)
         self.door.message_bytes = config.limits.message_bytes
 
@@ -282,10 +309,13 @@ class Worker:
             self._stop.set_result(stop)
 
     def _tick(self) -> None:
+        now = time.monotonic()
+        self._lag.note(now)
+        self._lag.due_at = now + TICK_S
         self._loop.call_later(TICK_S, self._tick)  # first: time goes on, whatever the tick brings up
         self._edge.retry()
-        self.relay.tick(time.monotonic())
-        self.hub.tick(time.monotonic())
+        self.relay.tick(now)
+        self.hub.tick(now)
 
     def _beat(self) -> None:
         self._loop.call_later(HEARTBEAT_S, self._beat)
@@ -380,13 +410,16 @@ class Worker:
             await asyncio.sleep(0.01)  # an event in the relay would be there for this moment alone
 
 
-def _for_relay(limits: Limits) -> dict[str, Any]:
+def _for_relay(config: Config) -> dict[str, Any]:
     """The arguments of `Relay.configure`."""
+    limits = config.limits
     return {
         "message_bytes": limits.message_bytes,
         "output_bytes": limits.output_bytes,
         "handshake_s": limits.handshake_seconds,
         "first_message_s": limits.first_message_seconds,
+        "watched_rooms": config.ops.watched_rooms,
+        "trace_every": config.tracing.relay_sample if config.tracing.enabled else 0,
     }
 
 

@@ -61,6 +61,7 @@ ROUND_S: Final = 10.0  # of load around each fault; the fault comes after a thir
 RETURN_S: Final = 20.0
 LEAST_SAMPLES: Final = 6  # at rest, after the warm-up, for a verdict about growth
 STAY_S: Final = (0.2, 3.0)  # of a reloader
+SLOW: Final = 'disconnects_total{code="4003",reason="slow_reader"}'
 FLOOD: Final = 200  # messages of FLOOD_BYTES: more than the kernel's buffers and `limits.output_bytes` together
 FLOOD_BYTES: Final = 60000
 STALLS: Final = 6  # at most, until one was on the slot that it is about: the kernel chooses
@@ -170,7 +171,7 @@ async def look(soak: Soak, *, is_at_rest: bool) -> Sample:
         with contextlib.suppress(OSError):  # it died since
             values[f"descriptors slot {worker.slot}"] = _open_of(worker.pid) - worker.counters["connections"]
             values[f"memory slot {worker.slot}"] = worker.process.memory_bytes
-    for name in ("connections", "rooms", "members", "remote_members", "messages_delivered_total", "errors_sent_total"):
+    for name in ("connections", "rooms", "members", "remote_members", "sent_messages_total", "errors_total"):
         values[name] = sum(worker.counters[name] for worker in seen.workers)
     sample = Sample(time.monotonic() - soak.began, is_at_rest, values)
     soak.samples.append(sample)
@@ -341,7 +342,7 @@ async def _stall_once(soak: Soak, room: str) -> int | None:
 async def _closed_as_slow(soak: Soak) -> dict[int, int]:
     """How many so far, by slot."""
     seen = await _status(soak.server)
-    return {worker.slot: worker.counters["slow_readers_closed_total"] for worker in seen.workers}
+    return {worker.slot: worker.counters.get(SLOW, 0) for worker in seen.workers}
 
 
 FAULTS: Final[tuple[Callable[[Soak], Awaitable[None]], ...]] = (kill, drop, reset, stall)
@@ -434,7 +435,7 @@ async def soak_for(
             "faults": rounds,
             "reloads": soak.lives,
             "not served": soak.unserved,
-            "messages delivered": int(last["messages_delivered_total"]),
+            "messages sent": int(last["sent_messages_total"]),
             "excused losses": soak.swarm.counts["excused"],
         }
     return report, soak
@@ -451,7 +452,7 @@ def picture(report: Report, soak: Soak) -> str:
         points = [(sample.at_s / 60, sample.values[name] / scale) for sample in soak.samples if name in sample.values]
         return Line(label, points)
 
-    delivered = [(sample.at_s, sample.values["messages_delivered_total"]) for sample in soak.samples]
+    delivered = [(sample.at_s, sample.values["sent_messages_total"]) for sample in soak.samples]
     rates = [
         (now / 60, max(0.0, (count - before) / (now - then)))
         for (then, before), (now, count) in itertools.pairwise(delivered)

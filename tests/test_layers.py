@@ -13,10 +13,10 @@ import fastsig
 PACKAGE = Path(__file__).parent.parent / "fastsig"
 
 LAYERS = (
-    ("words", "errors config"),
+    ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
     ("pure", "protocol routing limits sessions auth turn"),
-    ("seen", "metrics tracing logs"),
+    ("seen", "tracing logs"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),

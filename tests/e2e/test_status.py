@@ -24,6 +24,8 @@ from tests.e2e.conftest import PYTHON, Server
 
 Serve = Callable[..., Server]
 END_S = 15.0
+ACCEPTED = 'handshakes_total{result="accepted"}'
+MESSAGES = 'sent_messages_total{type="message"}'
 REQUEST = b'{"command":"status"}\n'
 
 
@@ -99,7 +101,7 @@ def test_json_has_every_counter(server: Server) -> None:
     found = json.loads(run.stdout)
     assert run.returncode == 0 and run.stdout.count("\n") == 1
     (worker,) = found["workers"]
-    assert list(worker["counters"]) == list(metrics.INDEX)
+    assert worker["counters"].keys() >= {family.name for family in metrics.IN_MAP if family.kind != "histogram"}
     assert worker["cpu_percent"] is not None and found["pid"] == server.process.pid
 
 
@@ -140,10 +142,10 @@ def test_counters_go_on_over_a_restart_and_gauges_begin_anew(serve: Serve) -> No
     after = _ask(server)
     assert after.generation == 2
     assert [after.counters[name] for name in ("connections", "rooms", "members")] == [0, 0, 0]
-    kept = ("connections_total", "messages_delivered_total", "restarts_total")
+    kept = (ACCEPTED, MESSAGES, "worker_restarts_total")
     assert [after.counters[name] for name in kept] == [2, 1, 1]
     asyncio.run(_join(server))
-    assert _ask(server).counters["connections_total"] == 3
+    assert _ask(server).counters[ACCEPTED] == 3
 
 
 async def _join(server: Server) -> None:

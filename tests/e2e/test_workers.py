@@ -18,6 +18,7 @@ from tests.e2e.conftest import EVERY_COUNT, Server, until
 from tests.e2e.swarm import Client, Message, RefusedError, Swarm
 
 WORKERS = EVERY_COUNT
+TO_OWNER = 'relays_total{route="to_owner"}'
 ROOMS = 8  # of a test: that none of them crosses would be as likely as 2^-16 with two workers and two peers
 META_BYTES = 1024
 MESSAGE_BYTES = 65536
@@ -44,7 +45,7 @@ async def _play(server: Server, play: Play, *names: str, is_relayed: bool = True
 
     Afterwards all agree on the rosters, nothing went wrong, and with several workers, some of it crossed.
     """
-    relayed = _sum(server, "relayed_away_total")
+    relayed = _sum(server, TO_OWNER)
     with Swarm(server.url, keeps=True, wants_ack=wants_ack) as swarm:
 
         async def one() -> None:
@@ -65,7 +66,7 @@ async def _play(server: Server, play: Play, *names: str, is_relayed: bool = True
         swarm.assert_clean()
         if server.workers > 1:
             assert _sum(server, "remote_members") > 0, "every peer was at home where its rooms are"
-            assert not is_relayed or _sum(server, "relayed_away_total") > relayed, "no message has crossed"
+            assert not is_relayed or _sum(server, TO_OWNER) > relayed, "no message has crossed"
         await swarm.close()
         swarm.assert_clean()
 
@@ -351,7 +352,7 @@ async def test_sixteen_rooms_on_one_connection(server: Server) -> None:
     with Swarm(server.url, keeps=True) as swarm:
         rooms = [f"{number}-{uuid.uuid4().hex}" for number in range(16)]
         a, b = swarm.client("a"), swarm.client("b")
-        relayed = _sum(server, "relayed_away_total")
+        relayed = _sum(server, TO_OWNER)
         for client, order in ((a, rooms), (b, rooms[::-1])):
             await client.connect()
             for room in order:
@@ -369,7 +370,7 @@ async def test_sixteen_rooms_on_one_connection(server: Server) -> None:
         assert (await a.join(rooms[5]))["payload"]["peers"][0]["sender"] == "b"
         if server.workers > 1:
             assert _sum(server, "remote_members") >= 2, "a connection was at home where all its sixteen rooms are"
-            assert _sum(server, "relayed_away_total") > relayed
+            assert _sum(server, TO_OWNER) > relayed
         await swarm.compare_rosters(5.0)
         b.abort()
         for room in rooms:

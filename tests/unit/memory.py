@@ -157,9 +157,21 @@ class Host:
         return f"made-{self.made_ids}"
 
     def counted(self) -> dict[str, int]:
-        """What the worker has counted, without what is 0."""
+        """What the worker has counted, without what is 0: totals by family, and series (`metrics.summary`)."""
         words = memoryview(self.slab).cast("Q")
-        return {name: words[index] for name, index in metrics.INDEX.items() if words[index]}
+        return {name: count for name, count in metrics.summary(words).items() if count}
+
+    def watch_rooms(self, most: int) -> None:
+        """So many at a time, for the metrics of calls."""
+        self.relay.configure(
+            message_bytes=self.limits.message_bytes, output_bytes=1 << 20, handshake_s=10.0, first_message_s=60.0,
+            watched_rooms=most,
+        )  # fmt: skip
+
+    def observed(self, name: str) -> list[int]:
+        """How many values of a histogram are up to each bound (and not up to the one before), and above the last."""
+        first, bounds, _ = metrics.histogram(name)
+        return memoryview(self.slab).cast("Q")[first : first + len(bounds) + 1].tolist()
 
     def run(self) -> None:
         """One loop turn after the other until nothing is left to do."""

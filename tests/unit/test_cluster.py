@@ -186,7 +186,7 @@ async def test_broadcast_goes_to_all_but_its_sender_one_frame_per_worker(cluster
     for client in members[1:]:
         (message,) = client.take()
         assert (message["sender"], message["payload"]) == ("p0", payload)
-    assert counted(cluster, "messages_delivered_total") == 8
+    assert counted(cluster, 'sent_messages_total{type="message"}') == 8
 
 
 async def test_absent_recipients_are_named_to_a_guest(cluster: Cluster) -> None:
@@ -353,7 +353,7 @@ async def test_waiting_connection_answers_pings_and_is_not_read_above_its_bound(
     cluster.run()
     assert not a.transport.is_paused
     assert types(a) == ["joined"]
-    assert counted(cluster, "relayed_away_total") == 70
+    assert counted(cluster, 'relays_total{route="to_owner"}') == 70
 
 
 async def test_join_undecided_for_five_seconds_is_refused_and_undone_when_it_comes(cluster: Cluster) -> None:

@@ -27,7 +27,7 @@ NAMES = {
     "session": "ttl_seconds ring_frames ring_bytes ring_seconds",
     "store": "url",
     "bus": "url",
-    "ops": "host port token",
+    "ops": "host port token watched_rooms",
     "log": "level format",
     "turn": "urls secret ttl_seconds",
     "tracing": "enabled relay_sample",
