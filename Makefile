@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline soak annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline soak panels annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, fo
 
 soak: build $(VENV)/.dev ## load and faults for MINUTES=30: does anything grow? The plot: build/soak.svg
 	@$(RUN) -m loadtest.soak --minutes $(MINUTES)
+
+panels: build $(VENV)/.dev ## plot the dashboard's queries from a real Prometheus into docs/img, for SECONDS=90 of load
+	@$(RUN) -m loadtest.panels --seconds $(or $(SECONDS),90)
 
 annotate: build ## write the page that shows what each line of the relay costs
 	@FASTSIG_ANNOTATE=1 $(RUN) setup.py --quiet build_ext --build-lib build/annotate --build-temp build/annotate

@@ -49,7 +49,7 @@ from loadtest.faults import (
     _status,
     _until,
 )
-from loadtest.plot import Line, Panel, svg
+from loadtest.plot import Line, Panel, over_time
 from tests.e2e.conftest import Server, is_running
 from tests.e2e.swarm import Client, RefusedError, Swarm
 
@@ -479,13 +479,13 @@ def picture(report: Report, soak: Soak) -> str:
     people = f"{len(soak.callers)} callers, {len(soak.viewers)} viewers, {soak.lives} reloads; faults: " + ", ".join(
         f"{count} × {name}" for name, count in counted.items()
     )
-    return svg(
+    return over_time(
         f"Soak of {minutes:.1f} minutes, {report.workers} workers: {'FAILED' if report.failures else 'nothing grows'}",
-        report.failures[0] if report.failures else people,
+        report.failures[0][:120] if report.failures else people,
         "minutes since the start",
         panels,
-        [at_s / 60 for at_s, name in soak.faults if name == "kill"],
-        "worker 1 is killed",
+        marks=[at_s / 60 for at_s, name in soak.faults if name == "kill"],
+        mark="worker 1 is killed",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from loadtest.bench import plot
+from loadtest import plot
 
 ROOT: Final = Path(__file__).parent.parent.parent
 KEPT_UP: Final = 0.95  # who delivers less than this part of an offered rate, or is so late in the median, is saturated
@@ -73,7 +73,7 @@ def _latency_chart(figures: Figures, percentile: str, title: str) -> str | None:
         points = [(float(rate), value) for rate, value in found if value]
         asked = [rate for rate in figures.rates if figures.of(peer, "open", rate)]
         if points:
-            series.append(plot.Series(peer, colour, points, is_cut=points[-1][0] < asked[-1]))
+            series.append(plot.Line(peer, points, colour, is_cut=points[-1][0] < asked[-1]))
     if not series:
         return None
     subtitle = (
@@ -84,7 +84,7 @@ def _latency_chart(figures: Figures, percentile: str, title: str) -> str | None:
 
 def _cpu_chart(figures: Figures) -> str | None:
     panels = [
-        plot.Panel(
+        plot.Bars(
             figures.meta["tests"][test]["title"],
             [(peer, figures.median(peer, test, lambda cell: cell["us_per_unit"])) for peer in figures.peers],
         )
@@ -102,7 +102,7 @@ def _memory_chart(figures: Figures) -> str | None:
         return None
     connections = figures.meta["setting"]["idle_connections"]
     subtitle = "KiB of resident memory of all server processes, per connection; the kernel's buffers not counted"
-    panel = plot.Panel(f"{connections:,} connections in rooms of two", found)
+    panel = plot.Bars(f"{connections:,} connections in rooms of two", found)
     return plot.bars("What an idle connection holds: shorter is better", subtitle, [panel], columns=1)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from loadtest import soak
 from loadtest.faults import Report
-from loadtest.plot import Line, Panel, svg, ticks
+from loadtest.plot import Line, Panel, over_time, ticks
 from loadtest.soak import MIB, SERIES, Sample
 
 
@@ -83,9 +83,9 @@ def test_axis_of_small_changes_begins_below_the_least() -> None:
 
 def test_picture_has_titles_units_and_a_label_for_each_line() -> None:
     panels = [Panel("Memory", "MiB", [Line("a <b>", [(0, 1), (9, 2)]), Line("empty", [])]), Panel("Other", "n", [])]
-    root = ET.fromstring(svg("Title & more", "what it is", "minutes", panels, [4.5], "a kill"))
+    root = ET.fromstring(over_time("Title & more", "what it is", "minutes", panels, marks=[4.5], mark="a kill"))
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"Title & more", "what it is", "minutes", "Memory (MiB)", "Other (n)", "dotted: a kill"} <= set(texts)
+    assert {"Title & more", "what it is", "minutes", "Memory (MiB)", "Other (n)", "dotted: a kill", "no data"} <= set(texts)
     assert "a <b>: 2" in texts and not any(text and text.startswith("empty") for text in texts)
     assert sum(element.tag.endswith("polyline") for element in root.iter()) == 1
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from loadtest.bench import page, plot
+from loadtest import plot
+from loadtest.bench import page
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 TITLES = {
@@ -131,7 +132,7 @@ def test_charts_are_drawings_with_titles_units_and_a_dark_scheme() -> None:
 
 def test_points_of_a_line_are_where_their_values_are() -> None:
     """Logarithmic: 1, 10 and 100 are as far apart from each other, and more is further up."""
-    svg = plot.lines("t", "s", "x", "y", [plot.Series("a", 0, [(1, 1), (10, 10), (100, 100)])])
+    svg = plot.lines("t", "s", "x", "y", [plot.Line("a", [(1, 1), (10, 10), (100, 100)])])
     found = re.search(r'<polyline points="(.*?)"', svg)
     assert found
     (x1, y1), (x2, y2), (x3, y3) = (map(float, pair.split(",")) for pair in found[1].split())
@@ -141,7 +142,7 @@ def test_points_of_a_line_are_where_their_values_are() -> None:
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    svg = plot.bars("t", "s", [plot.Panel("p", [("a", 10.0), ("b", 2.5), ("c", None)])])
+    svg = plot.bars("t", "s", [plot.Bars("p", [("a", 10.0), ("b", 2.5), ("c", None)])])
     long, quarter = (float(width) for width in re.findall(r'width="([\d.]+)" height="15"', svg))
     assert quarter == pytest.approx(long / 4, abs=0.1)
     assert "no figure" in svg

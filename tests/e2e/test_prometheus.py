@@ -1,0 +1,100 @@
+"""A real Prometheus scrapes a running server: the dashboard finds its metrics there, and alerts fire when they should."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from websockets.asyncio.client import ClientConnection, connect
+
+from fastsig import status
+from loadtest import panels
+from tests.e2e.conftest import Server
+from tests.e2e.prometheus import INSTANCE, MISSING, Prometheus, free_port, in_seconds, is_installed, scraping
+
+Serve = Callable[..., Server]
+FIRE_S = 25.0
+STOPPED_S = 3.0  # long enough to be late, too short to be replaced
+SUCCESS = "job:fastsig_peer_connection_success:ratio_rate15m"
+
+
+@pytest.fixture(autouse=True)
+def _installed() -> None:
+    if not is_installed():
+        pytest.skip(MISSING)
+
+
+@contextlib.asynccontextmanager
+async def scraped(serve: Serve, folder: Path, *args: str) -> AsyncIterator[tuple[Server, Prometheus]]:
+    port = free_port()
+    server = await asyncio.to_thread(serve, "--ops.port", str(port), *args)
+    with scraping(folder / "prometheus", f"127.0.0.1:{port}") as prometheus:
+        yield server, prometheus
+
+
+async def _report(peer: ClientConnection, outcome: str, count: int) -> None:
+    """All are counted when this returns: the answer to the ping comes after them."""
+    payload = {"outcome": outcome, "ms": 250} if outcome == "connected" else {"outcome": outcome}
+    report = json.dumps({"type": "report", "room": "r", "recipient": "gone", "payload": payload})
+    for _ in range(count):
+        await peer.send(report)
+    await peer.send('{"type":"ping","id":"last"}')
+    answer = json.loads(await peer.recv())
+    assert (answer["type"], answer.get("id")) == ("pong", "last")
+
+
+def _pids(server: Server) -> dict[int, int]:
+    found = status.ask(server.runtime_dir, server.port).workers
+    return {worker.slot: worker.pid for worker in found if worker.pid}
+
+
+async def test_alerts_fire_for_a_dying_worker_a_late_loop_and_failing_calls(serve: Serve, tmp_path: Path) -> None:
+    """And nothing else does."""
+    async with scraped(serve, tmp_path, "--workers", "2") as (server, prometheus):
+        assert prometheus.now("fastsig_ready")[0][1] == 1
+        assert prometheus.now(SUCCESS) == [], "a share of nothing is not guessed"
+        assert prometheus.firing() == {}
+        pids = await asyncio.to_thread(_pids, server)
+        async with connect(server.url, proxy=None) as peer:
+            await peer.send('{"type":"join","room":"r"}')
+            await peer.recv()
+            await _report(peer, "connected", 10)
+            await _report(peer, "failed", 30)
+        os.kill(pids[1], signal.SIGKILL)
+        os.kill(pids[0], signal.SIGSTOP)
+        try:
+            await asyncio.sleep(STOPPED_S)
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
+        fired: dict[str, dict[str, str]] = {}
+
+        def have_fired(prometheus: Prometheus) -> bool:
+            fired.update(prometheus.firing())
+            return len(fired) >= 3
+
+        await asyncio.to_thread(prometheus.wait_for, have_fired, f"only {fired.keys()} fired", FIRE_S)
+        assert fired.keys() == {"FastsigWorkerDying", "FastsigLoopLag", "FastsigFailingCalls"}
+        assert (fired["FastsigWorkerDying"]["worker"], fired["FastsigWorkerDying"]["instance"]) == ("1", INSTANCE)
+        assert (fired["FastsigLoopLag"]["worker"], fired["FastsigLoopLag"]["severity"]) == ("0", "warning")
+        assert fired["FastsigFailingCalls"]["severity"] == "critical"
+        ((_, share),) = prometheus.now(f"last_over_time({SUCCESS}[30s])")
+        assert share == pytest.approx(0.25, abs=0.05)
+
+
+async def test_each_panel_asks_for_what_a_server_has(serve: Serve, tmp_path: Path) -> None:
+    async with scraped(serve, tmp_path) as (_, prometheus):
+        names = prometheus.names()
+        for view in panels.views():
+            for query in view.queries:
+                prometheus.now(panels.filled(query.expression, window="5s", span="10s"))
+                assert {name for name in panels.metrics_of(query.expression) if name.startswith("fastsig_")} <= names
+
+
+def test_rules_for_a_test_differ_in_time_only() -> None:
+    assert in_seconds("rate(x[15m])\n for: 2m\n a: for 5m, y[1h] offset 1d") == (
+        "rate(x[15s])\n for: 2s\n a: for 5m, y[1h] offset 1d"
+    )
