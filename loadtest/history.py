@@ -26,7 +26,8 @@ CHARTS: Final = (
     ("Lag of the load test itself: part of all above", (("engine", "lag"),)),
 )
 _PAGE: Final = """\
-<section style="box-sizing:border-box;max-width:1200px;margin:32px auto;padding:0 24px;font-family:Roboto,Helvetica,Arial,sans-serif">
+<section style="box-sizing:border-box;max-width:1200px;margin:32px auto;padding:0 24px;
+font-family:Roboto,Helvetica,Arial,sans-serif">
 <h2 style="font-weight:400;font-size:2.125rem;margin:0 0 8px">Delays and errors over time</h2>
 <img alt="%s" style="width:100%%" src="data:image/svg+xml;base64,%s">
 </section>

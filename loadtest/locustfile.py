@@ -205,7 +205,7 @@ def _weights(environment: Environment, **_: Any) -> None:
 def _delays(environment: Environment, **_: Any) -> None:
     """The page /delays of the web interface, which is drawn anew every few seconds."""
     web = environment.web_ui
-    if web is None:
+    if web is None or web.app is None:
         return
 
     @web.app.route("/delays")
