@@ -183,6 +183,7 @@ cdef enum:
     SAMPLED = 64             # one in so many relays is timed
     WATCHED_MESSAGES = 64    # of a watched room, handed out for the metrics of calls
     WATCHED_BYTES = 16384    # of each
+    SEEN_BYTES = 4194304     # that wait to be taken; a room that has more to say is spent
 
 cdef double ACK_S = 2.0      # PROTOCOL §3.2: a home that is silent for so long has delivered nothing
 cdef double OWNER_ACK_S = 2 * ACK_S  # the owner may have waited itself
@@ -1705,6 +1706,7 @@ cdef class Relay:
     cdef double sampled_at          # when one that is timed was read, 0: none is on its way
     cdef tuple traced               # type and bytes of one that is traced, on its way
     cdef list seen                  # what `take_seen` gives
+    cdef size_t seen_bytes
     cdef int watches                # rooms that may be watched, besides those that are
     cdef int watched_rooms
 
@@ -1872,6 +1874,7 @@ cdef class Relay:
         broadcast, type, up to 16 KiB of payload, monotonic seconds)."""
         cdef list seen = self.seen
         self.seen = []
+        self.seen_bytes = 0
         return seen
 
     def end_watch(self, Room room not None):
@@ -1881,19 +1884,20 @@ cdef class Relay:
             self.watches += 1
 
     cdef inline bint _is_watched(self, Room room) noexcept:
-        """Also: watch it from this offer on, while there is a place."""
-        if room.watch == 0 and self.kind == OFFER and self.watches > 0:
-            room.watch = WATCHED_MESSAGES
-            self.watches -= 1
-        return room.watch > 0
+        """Or is it from this offer on, as there is a place?"""
+        return room.watch > 0 or room.watch == 0 and self.kind == OFFER and self.watches > 0
 
     cdef int _see(self, Member sender, Member recipient) except -1:
         cdef fs_envelope *e = &self.envelope
         cdef Room room = sender.room
+        if room.watch == 0:  # here, where it is handed out: who is not told of a watch never ends it
+            room.watch = WATCHED_MESSAGES
+            self.watches -= 1
         if room.watch > 0:
             room.watch -= 1
-            if room.watch == 0:
+            if room.watch == 0 or self.seen_bytes > SEEN_BYTES:
                 room.watch = -1
+            self.seen_bytes += 0 if e.payload.p == NULL else min(e.payload.n, <uint32_t>WATCHED_BYTES)
             self.seen.append((
                 room, sender.n, 0 if recipient is None else recipient.n, metrics.RELAYED_TYPES[self.kind],
                 b"" if e.payload.p == NULL else e.payload.p[:min(e.payload.n, <uint32_t>WATCHED_BYTES)], self.clock(),
@@ -2351,7 +2355,7 @@ cdef class Relay:
             n = self._envelope_size(sender, None)
             self._envelope(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, None)
             delivered = self._fan_out(sender.room, sender, header_size(n), n, self.kind, None, pending)
-            if is_watched:
+            if is_watched and PyList_GET_SIZE(sender.room.order) > 1:
                 self._see(sender, None)
         if pending is not None:
             pending.delivered = delivered

@@ -36,7 +36,18 @@ from picows.picows import WSProtocol  # type: ignore[attr-defined]  # as in `con
 
 from . import __version__
 from .errors import CATALOGUE, CloseCode
-from .protocol import Departure, Leaver, Newcomer, Roster, Updated, WelcomePayload
+from .protocol import (
+    Candidate,
+    Departure,
+    Leaver,
+    Newcomer,
+    Outcome,
+    ReportPayload,
+    Roster,
+    Transport,
+    Updated,
+    WelcomePayload,
+)
 
 ATTEMPT_S: Final = 10.0  # one connection, from its name's look-up to `joined`; the server decides within 5 s
 CLOSE_S: Final = 2.0  # how long the server is waited for after our close
@@ -554,6 +565,24 @@ class Room(AsyncIterator[Event]):
         text = self._encode("update", payload={"meta": meta})
         self._meta = meta
         await self._write(text)
+
+    async def report(
+        self,
+        peer: str,
+        outcome: Outcome,
+        *,
+        ms: float | None = None,
+        local: Candidate | None = None,
+        remote: Candidate | None = None,
+        protocol: Transport | None = None,
+    ) -> None:
+        """Tell the server how the peer connection with `peer`, who may have left, is doing: for its metrics alone.
+
+        `ms`: how long it took to connect. `local`, `remote`: types of the candidates in use, `protocol`: theirs. A
+        refusal comes as event `Refused`.
+        """
+        payload = ReportPayload(outcome, ms, local, remote, protocol)
+        await self._write(self._encode("report", recipient=peer, payload=payload))
 
     async def refresh(self, token: str) -> float:
         """Go on with a new token for the same subject: for how many seconds, says the server.

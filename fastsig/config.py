@@ -10,6 +10,7 @@ Invariant: a `Config` that passed `check` survives `msgspec.json` unchanged; so 
 Every complaint is a ConfigError of one line that names the option, the value (never a secret) and the cure.
 """
 
+import ipaddress
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -203,9 +204,11 @@ class Bus:
 class Ops:
     """The port for operators."""
 
-    host: str = _option("127.0.0.1", "Address of the operations port.")
-    port: int = _option(9600, "Operations port; 0: none.", most=65535)
-    token: str = _option("", "Token that its clients must show; needed beyond loopback.", reloads=True, secret=True)
+    host: str = _option("127.0.0.1", "Address of the operations port.", has_effect=True)
+    port: int = _option(9600, "Operations port: metrics, health and more; 0: none.", most=65535, has_effect=True)
+    token: str = _option(
+        "", "Token that its clients must show; needed beyond loopback.", reloads=True, secret=True, has_effect=True
+    )
     watched_rooms: int = _option(
         64,
         "Rooms per worker whose offers, answers and candidates are looked at for the metrics of calls; 0: none.",
@@ -516,6 +519,26 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "server.tls_key", "set server.tls_cert too"
     if limits.meta_bytes >= limits.message_bytes:
         yield "limits.meta_bytes", f"expected less than limits.message_bytes, {limits.message_bytes}"
+    yield from _contradictions_of_ops(config.ops, server)
+
+
+def _contradictions_of_ops(ops: Ops, server: Server) -> Iterable[tuple[str, str]]:
+    if not ops.host or any(char.isspace() for char in ops.host):
+        yield "ops.host", "expected an address or a name, such as localhost"
+    if not all("!" <= char <= "~" for char in ops.token):
+        yield "ops.token", "expected visible ASCII, as it stands in a header"
+    if ops.port and ops.port == server.port:
+        yield "ops.port", "this is server.port too, choose another, or 0 for none"
+    if ops.port and not ops.token and not _is_loopback(ops.host):
+        yield "ops.host", "set ops.token too, which is needed beyond loopback, or ops.port to 0"
+
+
+def _is_loopback(host: str) -> bool:
+    """Whatever a name but localhost stands for is found out too late."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _is_plain_path(path: str) -> bool:

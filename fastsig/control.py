@@ -89,6 +89,10 @@ class Reload(Struct, tag="reload", frozen=True):
     config: Config
 
 
+class Inspect(Struct, tag="inspect", frozen=True):
+    """To the worker: say how you are. The answer is `Inspected`; nobody asks again before it came."""
+
+
 class Stop(Struct, tag="stop", frozen=True):
     """To the worker: close everybody with `code` and end; `is_forced`: do not wait for those who do not answer."""
 
@@ -125,6 +129,12 @@ class Stopped(Struct, tag="stopped", frozen=True):
     """To the supervisor, which asked for a drain: nobody is connected any more. The worker serves on until `Stop`."""
 
 
+class Inspected(Struct, tag="inspected", frozen=True):
+    """To the supervisor, which asked by `Inspect`: how large this worker's tables and buffers are, by their names."""
+
+    stats: dict[str, int]
+
+
 class Unlinked(Struct, tag="unlinked", frozen=True):
     """To the supervisor: the link `serial` to the worker of `slot` was reset, or broke. Make another one."""
 
@@ -132,8 +142,8 @@ class Unlinked(Struct, tag="unlinked", frozen=True):
     serial: int
 
 
-ToWorker = Boot | Link | Hand | Drain | Reload | Stop
-ToSupervisor = Ready | Failed | Heartbeat | Handed | Stopped | Unlinked
+ToWorker = Boot | Link | Hand | Drain | Reload | Inspect | Stop
+ToSupervisor = Ready | Failed | Heartbeat | Handed | Inspected | Stopped | Unlinked
 Message = ToWorker | ToSupervisor
 
 

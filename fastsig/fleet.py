@@ -5,12 +5,15 @@ is due, and does it. A worker is known by its slot alone, 0 and up, and by its g
 
 Invariants: a slot has one worker or is due; each order to start is given once. Silence is only what was listened to.
 Between two workers the newest link holds, and both of them live: the death of one forgets it.
-Must not know: processes, sockets, messages, configuration, the log. Read `supervisor` next, which acts by it.
+Must not know: processes, sockets, messages, configuration, the log. Read `supervisor` next, which acts by it, and
+`health` for what the states mean to those who ask.
 """
 
 import itertools
 from dataclasses import dataclass, field
 from typing import Final
+
+from .health import Slot, State
 
 SETTLED_S: Final = 10.0  # a worker that lived this long did not die of its start (ARCHITECTURE §2)
 FIRST_RETRY_S: Final = 0.1
@@ -180,6 +183,20 @@ class Fleet:
             for number, slot in enumerate(self._slots)
             if slot.due_at is not None or slot.is_given_up or (slot.is_ready and not slot.is_serving)
         ]
+
+    def health(self, slot: int) -> Slot:
+        """What its worker does, for those who ask."""
+        this = self._slots[slot]
+        if this.due_at is not None:
+            return Slot("absent")
+        return Slot(self._state(this), this.silent_s, this.is_full)
+
+    def _state(self, slot: _Slot) -> State:
+        if slot.is_given_up or (slot.is_ready and not slot.is_serving):
+            return "stuck"
+        if not slot.is_ready:
+            return "starting"
+        return "draining" if self.is_stopping else "serving"
 
     def generation(self, slot: int) -> int:
         """How often `slot` was started."""

@@ -60,6 +60,8 @@ ERROR_WINDOW_S: Final = 5.0
 DECISION_S: Final = 5.0  # PROTOCOL §3, Waiting
 
 _ERRORS: Final = metrics.indexes("errors_total")
+_REPORTS: Final = metrics.indexes("peer_connection_reports_total")
+_SETUP_SECONDS: Final = metrics.histogram("peer_connection_setup_seconds")
 
 
 class _Request(NamedTuple):
@@ -104,6 +106,7 @@ class Hub:
             "leave": self._leave,
             "update": self._update,
             "ping": self._ping,
+            "report": self._report,
         }
         self._words: dict[type, Callable[[Neighbour, Any], None]] = self.rooms.words | {
             Admitted: self._on_admitted,
@@ -171,8 +174,14 @@ class Hub:
             self._withdraw(number)
 
     def report_bug(self, connection: Connection | None) -> None:
-        """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone."""
-        _log.exception("internal_error", peer=None if connection is None else connection.peer)
+        """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone.
+
+        Its peer id is logged: no secret (everybody in its rooms has it), and how a user who complains is found.
+        """
+        if connection is None:
+            _log.exception("internal_error")
+        else:
+            _log.exception("internal_error", connection=self._name(connection), peer=connection.peer)
 
     def relayed(self, type: str, size: int, began: float, ended: float) -> None:
         """A relay that was picked for a trace."""
@@ -249,6 +258,23 @@ class Hub:
             raise ProtocolError("too_large")
         payload = None if message.payload is None else Raw(message.payload)
         connection.send(protocol.Pong(payload=payload, id=message.id).encode())
+
+    def _report(self, connection: Connection, message: Message) -> None:
+        """Of a peer who may have left: whether it was ever here is not asked. Nothing is answered."""
+        _membership(connection, _room_of(message))
+        if message.recipients is None or len(message.recipients) != 1:
+            raise ProtocolError("bad_message")
+        if message.recipients[0] == connection.peer:
+            self.refuse(connection, "peer_unavailable", message.room, message.id, message.recipients)
+            return
+        report = protocol.read_report(message.payload)
+        self._relay.count(_REPORTS[report.outcome])
+        if report.outcome == "connected":
+            ends = (report.local or metrics.UNKNOWN, report.remote or metrics.UNKNOWN)
+            path = metrics.index("peer_connection_paths_total", *ends, report.protocol or metrics.UNKNOWN)
+            self._relay.count(path)
+            if report.ms is not None:
+                self._relay.observe(_SETUP_SECONDS, report.ms / 1000)
 
     # ---- joins
 
@@ -448,6 +474,10 @@ class Hub:
         owner.is_open = True
 
     # ---- rules
+
+    def _name(self, connection: Connection) -> str:
+        """For the log: slot, generation and number, which no other connection of this server ever had."""
+        return f"{self._place.address.slot}.{self._place.generation}.{connection.serial}"
 
     def _remove(self, member: Member, reason: str) -> None:
         """At once, wherever the room is."""

@@ -9,6 +9,7 @@ Must not know: who accepts, workers, configuration. Read `supervisor` next, whic
 
 import errno
 import ipaddress
+import re
 import socket
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
@@ -19,6 +20,7 @@ from .errors import StartError
 _log = logs.get("fastsig.listeners")
 
 PORT_TRIES: Final = 16
+_OPERATORS: Final = 16  # may wait to be accepted
 
 _Address = tuple[socket.AddressFamily, tuple[Any, ...]]  # what `bind` takes; the port is filled in later
 
@@ -46,6 +48,15 @@ def listen(host: str, port: int, slots: int, backlog: int) -> list[list[socket.s
     for address, error in skipped:
         _log.warning("address_skipped", address=str(address[1][0]), reason=error.strerror)
     return rows
+
+
+def listen_for_operators(host: str, port: int) -> list[socket.socket]:
+    """The same for the operations port, whose options are `ops.host` and `ops.port`: one socket per address."""
+    try:
+        return listen(host, port, 1, _OPERATORS)[0]
+    except StartError as error:
+        text = re.sub(r"--(host|port)\b", r"--ops.\1", str(error))
+        raise StartError(f"operations port: {text} (--ops.port 0 is none)") from error
 
 
 class _InUseError(StartError):

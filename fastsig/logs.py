@@ -5,18 +5,21 @@ A line has `ts` (UTC, RFC 3339), `level`, `event`, `logger`, then the fields: as
 
 Never logged: tokens, secrets, payloads (SDP, candidates). Never on the hot path: even a call that is filtered out costs
 0.15 µs. Logging never raises, blocks or fails its caller: what cannot be shown is named, what cannot be written at once
-is lost, counted, and said in `lines_lost` before the next line that can.
+is lost, counted, and said in `lines_lost` before the next line that can. Nor does it flood: of each event `FLOOD_LINES`
+are written in a second, the rest is counted and said (`Flood`).
 Must not know: what any event means to the rest of the program.
 """
 
 import errno
 import json
 import logging
+import math
 import os
 import select
 import stat
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
@@ -30,6 +33,8 @@ EVENTS: Final[dict[str, str]] = {
     "open_mode": "Whoever can reach `addresses` may join any room: no tokens are required, beyond loopback.",
     "address_skipped": "This machine cannot listen on `address`, for `reason`; the others are served.",
     "cannot_start": "The server ends with exit code 3 for `reason`.",
+    "operations": "Metrics, health and more are served for operators at `urls`.",
+    "operations_resting": "The operations port accepts nobody for a second, for `reason`, and then tries again.",
     "status_unavailable": "`fastsig status` cannot ask this server, for `reason`; all else works.",
     "reloaded": "SIGHUP came: `options` have new values now.",
     "needs_restart": "SIGHUP came, but `options` take their new values only at the next start.",
@@ -63,11 +68,15 @@ EVENTS: Final[dict[str, str]] = {
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
     "lines_lost": "So many `lines` of this process's log were lost: whoever is to read them did not take them in time.",
+    "lines_suppressed": "More than 20 lines of the event `of` came within a second: so many `lines` are not here.",
     "library_message": "A library said `message` through Python's logging; `logger` is its name.",
 }
 LEVELS: Final = {"trace": 5, "debug": 10, "info": 20, "warning": 30, "error": 40}
 
 PIECE_BYTES: Final = 4096  # a pipe that has any room takes so many at once (PIPE_BUF)
+
+FLOOD_LINES: Final = 20  # of one event at one level, in one process
+FLOOD_S: Final = 1.0
 
 _DEPTH: Final = 4  # of lists in lists
 _COLOURS: Final = {"trace": "2", "debug": "2", "info": "32", "warning": "33", "error": "31"}
@@ -96,9 +105,18 @@ class Logger(structlog.BoundLoggerBase):
         self._say("error", event, {"exc_info": True} | fields)
 
     def _say(self, level: str, event: str, fields: dict[str, Any]) -> None:
-        if LEVELS[level] >= _output.least:
-            (line,), _ = self._process_event(level, event, fields)
-            _output.write(line)
+        if LEVELS[level] < _output.least:
+            return
+        now = _output.clock()
+        left_out = _output.flood.admit(level, event, now)
+        if left_out is None:
+            return
+        for of_level, of_event, lines in _output.flood.take_ended(now):
+            _log._say(of_level, "lines_suppressed", {"of": of_event, "lines": lines})  # noqa: SLF001 (one of us)
+        if left_out:
+            fields["suppressed"] = left_out
+        (line,), _ = self._process_event(level, event, fields)
+        _output.write(line)
 
 
 def get(name: str) -> Logger:
@@ -129,6 +147,33 @@ def document() -> str:
     return _PREAMBLE + "".join(rows)
 
 
+class Flood:
+    """Lets the first `FLOOD_LINES` of each (level, event) pass in each `FLOOD_S`, from the first of them on.
+
+    Pure: `now` is monotonic seconds. As many entries as there are levels and events.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # since when, how many lines
+        self._left_out: dict[tuple[str, str], int] = {}  # without those of which nothing is left out
+
+    def admit(self, level: str, event: str, now: float) -> int | None:
+        """How many lines before this one were left out and never said; None: so is this one."""
+        since, lines = self._seen.get((level, event), (-math.inf, 0))
+        if now - since >= FLOOD_S:
+            since, lines = now, 0
+        self._seen[level, event] = (since, lines + 1)
+        if lines < FLOOD_LINES:
+            return self._left_out.pop((level, event), 0)
+        self._left_out[level, event] = self._left_out.get((level, event), 0) + 1
+        return None
+
+    def take_ended(self, now: float) -> list[tuple[str, str, int]]:
+        """Level, event and lines left out of the floods that are over: no line of theirs has come since to say it."""
+        ended = [key for key in self._left_out if now - self._seen[key][0] >= FLOOD_S]
+        return [(*key, self._left_out.pop(key)) for key in ended]
+
+
 @dataclass(slots=True)
 class _Output:
     """Where lines go, for the whole process. Before `configure`: warnings and worse, as text."""
@@ -138,6 +183,8 @@ class _Output:
     is_json: bool = False
     is_coloured: bool = False
     fields: dict[str, object] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+    flood: Flood = field(default_factory=Flood)
     lost: int = 0  # lines since the last one that was written
     is_cut: bool = False  # the last one was, in its middle
 
@@ -324,7 +371,11 @@ This page is made from `fastsig/logs.py`: `python -m fastsig.logs > docs/logs.md
 
 Everything goes to stderr, one event per line: text on a terminal, JSON elsewhere (`--log.format`), from `--log.level`
 up. Each line has `ts` (UTC, RFC 3339), `level`, `event` and `logger`, and in workers `worker`, the slot; the text form
-leaves `logger` out. The sentences below are not part of the line. Tokens, payloads and secrets are never logged.
+leaves `logger` out. The sentences below are not part of the line. Where it is about one connection, `connection` is its
+slot, generation and number, as in `0.1.4711`. Tokens, payloads and secrets are never logged.
+
+Of one event at one level a process writes 20 lines in a second. How many it left out is the field `suppressed` of the
+next line of that event, or `lines_suppressed` before the next line of another.
 
 | event | meaning |
 |---|---|

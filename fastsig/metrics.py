@@ -13,8 +13,10 @@ locked and nothing is lost. Counters outlive a worker and go on in its successor
 is aligned: a reader sees it whole, but two words of one moment need not fit together.
 """
 
+import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -184,7 +186,7 @@ FAMILIES: Final = (
     Family("watched_rooms", "gauge", "Rooms that are watched now: from an offer on, for 30 s."),
     Family(
         "watched_offers_total", "counter",
-        "Offers in watched rooms that were answered within 30 s, or not, or crossed an offer of the other side.",
+        "Offers in watched rooms: answered, or not, or given up for one of the other side that crossed it.",
         *_each(("result", OFFERS)),
     ),
     Family(
@@ -321,3 +323,63 @@ def open_slab(fd: int, slot: int) -> mmap.mmap:
         return mmap.mmap(fd, SLAB_BYTES, offset=slot * SLAB_BYTES)
     finally:
         os.close(fd)
+
+
+def document() -> str:
+    """`docs/metrics.md`."""
+    rows = []
+    values: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+    for family in FAMILIES:
+        labels = [*family.labels, *(["worker"] if family.is_by_worker else [])]
+        shown = " ".join(f"`{label}`" for label in labels)
+        bounds = f" Bounds: {', '.join(f'{bound:g}' for bound in family.bounds)}." if family.bounds else ""
+        rows.append(f"| `{PREFIX}{family.name}` | {family.kind} | {shown} | {family.help}{bounds} |\n")
+        for label, known in _known_values(family):
+            values.setdefault((label, known), []).append(family.name)
+    lines = (
+        f"| {label} | {', '.join(f'`{name}`' for name in names)} | {', '.join(f'`{value}`' for value in known)} |\n"
+        for (label, known), names in values.items()
+    )
+    return _PREAMBLE + "".join(rows) + _LABELS + "".join(lines)
+
+
+def _known_values(family: Family) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Of each label what it can be; of labels that do not go with each other in every way, what they are together."""
+    each = [tuple(dict.fromkeys(values)) for values in zip(*family.series, strict=True)]
+    if math.prod(map(len, each)) == len(family.series):
+        yield from zip((f"`{label}`" for label in family.labels), each, strict=False)
+    elif family.series:
+        yield " ".join(f"`{label}`" for label in family.labels), tuple(" ".join(values) for values in family.series)
+
+
+_PREAMBLE: Final = """\
+# Metrics
+
+This page is made from `fastsig/metrics.py`: `python -m fastsig.metrics > docs/metrics.md`.
+
+They are at `/metrics` of the operations port (`ops.port`, see [operations.md](operations.md)), for the whole server:
+all of its workers are added up, but where there is a label `worker`. Every series is there from the first scrape on,
+with 0, and no peer can make a new one. Counters go on when a worker is replaced, and begin at 0 with the server.
+
+- **Units**: seconds and bytes. What ends in `_total` only grows; a histogram is `_bucket` (cumulative, by `le`), `_sum`
+  and `_count`; anything else is how many there are now.
+- **Per second**: `rate(fastsig_received_messages_total[1m])`; by kind: `sum by (type) (rate(...[1m]))`.
+- **A mean**: `rate(fastsig_relay_seconds_sum[5m]) / rate(fastsig_relay_seconds_count[5m])`.
+- **A quantile**: `histogram_quantile(0.99, sum by (le) (rate(fastsig_relay_seconds_bucket[5m])))`.
+- **A share**: `rate(x{outcome="connected"}[15m]) / ignoring(outcome) sum without (outcome) (rate(x[15m]))`; where
+  nothing was counted that is no number at all, never 0.
+- **Of all rooms**: `sum(fastsig_rooms)`; of all members `sum(fastsig_members)`.
+
+| name | type | labels | meaning |
+|---|---|---|---|
+"""
+_LABELS: Final = """
+`worker` is the number of a slot, from 0; it is empty for the supervisor. `process` is `supervisor` or `worker`. The
+labels of `build_info` are versions. All others have these values, and no more:
+
+| label | of | values |
+|---|---|---|
+"""
+
+if __name__ == "__main__":
+    sys.stdout.write(document())

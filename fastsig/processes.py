@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from . import logs, systemd
-from .control import NOTHING, Channel, ControlError, Heartbeat, Message
+from .control import NOTHING, Channel, ControlError, Heartbeat, Inspect, Message
 from .errors import StartError
 from .handover import Outbox
 
@@ -45,6 +45,7 @@ class Worker:
     _on_event: Callable[["Said"], None] = field(init=False)
     _on_heartbeat: Callable[["Worker", Heartbeat], None] = field(init=False)
     _has_ended: bool = False  # and that is queued
+    _inspection: "asyncio.Future[dict[str, int]] | None" = None  # it was asked, and has not answered yet
     reason: str | None = None  # for which it says that it cannot start, or is killed
 
     def watch(self, on_event: Callable[["Said"], None], on_heartbeat: Callable[["Worker", Heartbeat], None]) -> None:
@@ -68,6 +69,22 @@ class Worker:
         for _ in range(READ):  # it may say more all the time
             if not self._on_readable():
                 break
+
+    def inspect(self) -> "asyncio.Future[dict[str, int]]":
+        """Its tables and buffers, when it says so; cancelled when it ends before. Not to be cancelled: others wait too.
+
+        It is asked again only once it has answered: before one that is stuck nothing heaps up.
+        """
+        if self._inspection is None:
+            self._inspection = asyncio.get_running_loop().create_future()
+            self.outbox.send(Inspect())
+        return self._inspection
+
+    def on_inspected(self, stats: dict[str, int]) -> None:
+        """It has answered."""
+        if self._inspection is not None:
+            self._inspection.set_result(stats)
+            self._inspection = None
 
     def _on_readable(self) -> bool:
         """Pass on one message. False when there is none, now or ever."""
@@ -103,6 +120,8 @@ class Worker:
         """After its end: leave neither zombie nor descriptor. Returns its exit status, negative for a signal."""
         self._unwatch()
         status = self.process.wait()
+        if self._inspection is not None:
+            self._inspection.cancel()
         self.outbox.close()
         self.channel.close()
         os.close(self.pidfd)

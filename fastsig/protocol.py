@@ -7,10 +7,10 @@ Read `hub` next: it decides which of these is said to whom.
 """
 
 import re
-from typing import Final, TypeVar
+from typing import Annotated, Final, Literal, TypeAlias, TypeVar
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Meta, Raw, Struct, UnsetType
 from msgspec.json import Decoder
 
 from .errors import ErrorEntry, ProtocolError
@@ -20,6 +20,11 @@ CAPS: Final = frozenset({"ack"})  # those this server grants; what else is asked
 PING_PAYLOAD_BYTES: Final = 125
 CLIENT_BYTES: Final = 64
 NULL: Final = b"null"
+REPORTED_MS: Final = 3_600_000
+
+Outcome: TypeAlias = Literal["connected", "failed", "disconnected", "closed"]
+Candidate: TypeAlias = Literal["host", "srflx", "prflx", "relay"]
+Transport: TypeAlias = Literal["udp", "tcp"]
 
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context §3.2
 
@@ -197,11 +202,22 @@ class UpdatePayload(Struct, frozen=True):
     meta: Raw | UnsetType = UNSET
 
 
+class ReportPayload(Struct, frozen=True, omit_defaults=True):
+    """What `report` says of a peer connection. `ms`: how long it took; `local`, `remote`: the candidates in use."""
+
+    outcome: Outcome
+    ms: Annotated[float, Meta(ge=0, le=REPORTED_MS)] | None = None
+    local: Candidate | None = None
+    remote: Candidate | None = None
+    protocol: Transport | None = None
+
+
 _Payload = TypeVar("_Payload")
 _ENCODER = msgspec.json.Encoder()
 _HELLO = Decoder(HelloPayload)
 _JOIN = Decoder(JoinPayload)
 _UPDATE = Decoder(UpdatePayload)
+_REPORT = Decoder(ReportPayload)
 
 
 def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: list[str] | None,
@@ -254,6 +270,11 @@ def read_update(payload: bytes | None, *, meta_bytes: int) -> bytes:
         raise ProtocolError("bad_message")
     _check_meta(update.meta, meta_bytes)
     return bytes(update.meta)
+
+
+def read_report(payload: bytes | None) -> ReportPayload:
+    """Raises ProtocolError `bad_message`."""
+    return _decode(_REPORT, payload)
 
 
 def _check_meta(meta: Raw, meta_bytes: int) -> None:

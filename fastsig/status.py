@@ -12,7 +12,9 @@ Must not know: what a worker does. The numbers come from `metrics` and the super
 
 import asyncio
 import contextlib
+import math
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -21,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 from msgspec import Struct
@@ -227,6 +229,24 @@ def parse_process(stat_text: str, statm_text: str, booted_at: float) -> Process:
         cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS_PER_S,
         memory_bytes=int(statm_text.split()[1]) * _PAGE_BYTES,
     )
+
+
+class Descriptors(NamedTuple):
+    """How many a process has open, and how many it may have."""
+
+    open: int
+    most: float
+
+
+def read_descriptors(pid: int) -> Descriptors | None:
+    """None when it has gone, or belongs to another user."""
+    held = f"/proc/{pid}/fd"
+    try:
+        count = os.stat(held).st_size or len(os.listdir(held))  # noqa: PTH116, PTH208 # Linux 6.2 counts them itself
+        most = resource.prlimit(pid, resource.RLIMIT_NOFILE)[0]
+    except OSError:
+        return None
+    return Descriptors(count, math.inf if most == resource.RLIM_INFINITY else most)
 
 
 # ---- the asking side

@@ -25,9 +25,10 @@ from typing import Any, Final, Generic, TypeVar
 import uvloop
 
 from . import logs, metrics
-from ._relay import Connection, Relay
+from ._relay import Connection, Relay, Room
 from .bus import Link
 from .bus_mesh import Mesh
+from .calls import Calls
 from .config import Config
 from .connection import RECEIVE_BYTES, Acceptor, Door, Edge
 from .control import (
@@ -41,6 +42,8 @@ from .control import (
     Hand,
     Handed,
     Heartbeat,
+    Inspect,
+    Inspected,
     Link as NewLink,
     Ready,
     Reload,
@@ -139,6 +142,7 @@ class Worker:
             call_soon=loop.call_soon, clock=time.monotonic, counters=counters, ping_s=PING_S, **_for_relay(boot.config)
         )
         self._lag = Lag(self.relay)
+        self._calls: Calls[Room] = Calls(self.relay)
         self.hub = Hub(self.relay, limits, place=Place(Address(_HOST, boot.slot), boot.generation, boot.view))
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
@@ -250,8 +254,13 @@ class Worker:
                 self._begin_drain(drain)
             case Reload(config):
                 self._configure(config)
+            case Inspect():
+                self._send(Inspected(self._stats()))
             case Stop() as stop:
                 self._end(stop)
+
+    def _stats(self) -> dict[str, int]:
+        return self.relay.stats() | {"tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
 
     # ---- what the mesh calls
 
@@ -316,6 +325,9 @@ class Worker:
         self._edge.retry()
         self.relay.tick(now)
         self.hub.tick(now)
+        self._calls.take(self.relay.take_seen())
+        for room in self._calls.end(now):
+            self.relay.end_watch(room)
 
     def _beat(self) -> None:
         self._loop.call_later(HEARTBEAT_S, self._beat)

@@ -20,7 +20,7 @@ import re
 import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
@@ -98,7 +98,7 @@ def metrics_of(expression: str) -> set[str]:
 
 
 class Person:
-    """One peer in one room, on a connection of its own. `names_room`: in the URL, so that the room's owner serves it."""
+    """One peer in one room, on a connection of its own. `names_room`: in the URL, to be served by the room's owner."""
 
     def __init__(self, url: str, room: str, *, names_room: bool) -> None:
         self.room = room
@@ -111,14 +111,19 @@ class Person:
     async def __aenter__(self) -> Self:
         self._connection = await self._connecting
         self._reader = asyncio.create_task(self._read(self._connection))
-        await self.say("join")
-        self.name = (await self.hear("joined"))["sender"]
+        try:
+            await self.say("join")
+            self.name = (await self.hear("joined"))["sender"]
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        assert self._connection is not None and self._reader is not None
+        assert self._connection is not None
         await self._connection.close()
-        await self._reader
+        if self._reader is not None:
+            await self._reader
 
     async def _read(self, connection: ClientConnection) -> None:
         with contextlib.suppress(ConnectionClosed):
@@ -161,7 +166,7 @@ class Town:
             everybody.create_task(self._over_and_over(self._mischief))
             everybody.create_task(self._over_and_over(self._flood))
 
-    async def _over_and_over(self, act: Any) -> None:
+    async def _over_and_over(self, act: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(self._chance.uniform(0, 3))
             with contextlib.suppress(OSError, TimeoutError, ConnectionClosed, InvalidHandshake):
@@ -190,16 +195,17 @@ class Town:
             if self._chance.random() < 0.1:
                 await caller.break_off()
 
-    async def _connect(self, *pair: Person) -> None:
-        used = []
-        for person, other in (pair, pair[::-1]):
+    async def _connect(self, callee: Person, caller: Person) -> None:
+        ends = ((callee, caller), (caller, callee))
+        used = {}
+        for person, other in ends:
             found = [self._candidate() for _ in range(self._chance.randrange(2, 9))]
-            used.append(found[-1][0])
+            used[person] = found[-1][0]
             for _, line in found:
                 await person.say("ice-candidate", other.name, {"candidate": line})
-        took_ms, is_good = self._chance.lognormvariate(6.3, 0.5), self._chance.random() > 0.07
-        for person, other, local, remote in ((*pair, *used), (*pair[::-1], *used[::-1])):
-            path = {"ms": round(took_ms), "local": local, "remote": remote, "protocol": "udp"} if is_good else {}
+        took_ms, is_good = round(self._chance.lognormvariate(6.3, 0.5)), self._chance.random() > 0.07
+        for person, other in ends:
+            path = {"ms": took_ms, "local": used[person], "remote": used[other], "protocol": "udp"} if is_good else {}
             await person.say("report", other.name, {"outcome": "connected" if is_good else "failed"} | path)
 
     async def _meeting(self) -> None:
@@ -307,7 +313,8 @@ async def run(seconds: float) -> dict[str, str]:
                 await asyncio.sleep(seconds / 3)
                 made = await asyncio.to_thread(pictures, prometheus, start, time.time(), killed_at)
                 town.cancel()
-                await asyncio.gather(town, return_exceptions=True)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await town
                 return made
         finally:
             server.stop()

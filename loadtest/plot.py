@@ -1,8 +1,8 @@
 """Three kinds of charts as SVG text: lines over logarithmic axes, panels of bars, panels of lines over time.
 
-The benchmark's page, the soak and the dashboard's pictures are made of them. It knows nothing of servers. Written out by
-hand rather than with a library, so that the same figures give the same bytes and a page can be compared with what it was
-made of. A chart has a ground of its own and follows the reader's light or dark scheme.
+The benchmark's page, the soak and the dashboard's pictures are made of them. It knows nothing of servers. Written out
+by hand rather than with a library, so that the same figures give the same bytes and a page can be compared with what it
+was made of. A chart has a ground of its own and follows the reader's light or dark scheme.
 """
 
 import math

@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
-    ("pure", "protocol routing limits sessions auth turn"),
+    ("pure", "protocol routing calls health limits sessions auth turn"),
     ("seen", "tracing logs"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
-    ("edge", "connection passing ops"),
+    ("edge", "connection passing exposition ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
-    ("process", "control systemd status worker cpus fleet listeners handover processes supervisor"),
+    ("process", "control systemd status worker cpus fleet listeners handover processes overview supervisor"),
     ("outside", "client cli"),
 )
 ORDER = [name for _, names in LAYERS for name in names.split()]

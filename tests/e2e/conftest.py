@@ -2,8 +2,8 @@
 
 No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
 
-A server has one worker unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT has its tests that take
-`server` run with each of these numbers of workers.
+A server has one worker, and no operations port, unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT
+has its tests that take `server` run with each of these numbers of workers.
 
 FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
 """
@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -41,6 +42,12 @@ def until(is_so: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
+def free_port() -> int:
+    """One of loopback that nobody has, for options where 0 means none."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
 def children(pid: int) -> list[int]:
     """The processes that a process has started: a supervisor's workers."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
@@ -64,8 +71,8 @@ def run_with(
     """
     head = """\
         import os, signal, socket, sys, time
-        from fastsig.control import Channel, Drain, Failed, Hand, Handed, Heartbeat, Link, Ready, Reload, Stop, Stopped
-        from fastsig.control import Unlinked
+        from fastsig.control import Channel, Drain, Failed, Hand, Handed, Heartbeat, Inspect, Inspected, Link, Ready
+        from fastsig.control import Reload, Stop, Stopped, Unlinked
         end = socket.socket(fileno=int(sys.argv[1]))
         channel = Channel(end)
         boot = channel.receive()
@@ -75,7 +82,7 @@ def run_with(
             return message
     """
     (folder / "odd_worker.py").write_text(textwrap.dedent(head) + textwrap.dedent(source), encoding="utf-8")
-    values = {"server.port": 0} | (options or {})
+    values = {"server.port": 0, "ops.port": 0} | (options or {})
     program = (
         "import sys; from fastsig import config, fleet, supervisor\n"
         f"supervisor.slot_count = lambda config: {slots}; {prepare}\n"
@@ -103,6 +110,7 @@ class Server:
             | {
                 "FASTSIG_SERVER_PORT": "0",
                 "FASTSIG_SERVER_WORKERS": "1",
+                "FASTSIG_OPS_PORT": "0",
                 "FASTSIG_SERVER_RUNTIME_DIR": str(cwd / "run"),
             }
             | (env or {}),

@@ -74,9 +74,10 @@ class Prometheus:
             raise
 
     def _is_scraping(self) -> bool:
+        """It looks for targets five seconds after its start, and until then FastsigNoServer fires, in these rules."""
         assert self._process.poll() is None, "Prometheus ended"
         with contextlib.suppress(urllib.error.URLError, ConnectionError):
-            return self.now("up == 1") != []
+            return self.now("up == 1") != [] and not self.firing()
         return False
 
     def _ask(self, path: str, **parameters: str | float) -> Any:

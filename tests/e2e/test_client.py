@@ -101,6 +101,10 @@ async def test_two_meet_talk_update_and_part(server: Server, room: str) -> None:
             await b.send("nobody", "offer", id="2")
             refused = await next_of(b, fastsig.Refused)
             assert (refused.code, refused.id, refused.recipients) == ("peer_unavailable", "2", ("nobody",))
+            await b.report("a", "connected", ms=12.5, local="host", remote="relay", protocol="tcp")
+            await b.report("b", "failed")
+            refused = await next_of(b, fastsig.Refused)
+            assert (refused.code, refused.recipients) == ("peer_unavailable", ("b",)), "of the good one nothing is said"
         assert await anext(a) == fastsig.PeerLeft("b", b.n, "left")
         assert not a.peers
     assert [event async for event in a] == []

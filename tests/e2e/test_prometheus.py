@@ -1,10 +1,12 @@
-"""A real Prometheus scrapes a running server: the dashboard finds its metrics there, and alerts fire when they should."""
+"""A real Prometheus scrapes a running server: the dashboard finds its metrics there, and alerts fire in time."""
 
 import asyncio
 import contextlib
 import json
 import os
 import signal
+import time
+import xml.etree.ElementTree as ET
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -85,13 +87,16 @@ async def test_alerts_fire_for_a_dying_worker_a_late_loop_and_failing_calls(serv
         assert share == pytest.approx(0.25, abs=0.05)
 
 
-async def test_each_panel_asks_for_what_a_server_has(serve: Serve, tmp_path: Path) -> None:
+async def test_each_panel_asks_for_what_a_server_has_and_can_be_drawn(serve: Serve, tmp_path: Path) -> None:
     async with scraped(serve, tmp_path) as (_, prometheus):
-        names = prometheus.names()
-        for view in panels.views():
+        names, views, now = prometheus.names(), panels.views(), time.time()
+        for view in views:
             for query in view.queries:
-                prometheus.now(panels.filled(query.expression, window="5s", span="10s"))
-                assert {name for name in panels.metrics_of(query.expression) if name.startswith("fastsig_")} <= names
+                assert panels.metrics_of(query.expression) <= names
+        drawn = panels.pictures(prometheus, now - 10, now, now)
+        assert drawn.keys() == {path.name for path in panels.IMAGES.glob("*.svg")}
+        texts = {node.text or "" for svg in drawn.values() for node in ET.fromstring(svg).iter()}
+        assert all(any(text.startswith(view.title) for text in texts) for view in views)
 
 
 def test_rules_for_a_test_differ_in_time_only() -> None:

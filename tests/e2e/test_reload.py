@@ -173,11 +173,12 @@ def test_file_that_cannot_even_be_looked_at_is_refused(serve: Serve, file: Path)
 
 def test_what_a_stopped_worker_has_no_room_for_reaches_it_later(serve: Serve, file: Path) -> None:
     """Its control channel fills up; the newest configuration and the end of the server still arrive."""
+    origins = f"[server]\norigins = {[f'https://{number}.example.org' for number in range(3000)]}\n"  # 90 KB each time
     server = serve("--config", str(file), "--server.drain-seconds", "1")
     (worker,) = children(server.process.pid)
     os.kill(worker, signal.SIGSTOP)
-    for peers in range(2, 130):
-        file.write_text(f"[limits]\npeers_per_room = {peers}\n", encoding="utf-8")
+    for peers in range(2, 18):
+        file.write_text(f"{origins}[limits]\npeers_per_room = {peers}\n", encoding="utf-8")
         _reload(server, "reloaded")
     file.write_text("[limits]\npeers_per_room = 1\n", encoding="utf-8")
     _reload(server, "reloaded")

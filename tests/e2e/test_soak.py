@@ -85,7 +85,9 @@ def test_picture_has_titles_units_and_a_label_for_each_line() -> None:
     panels = [Panel("Memory", "MiB", [Line("a <b>", [(0, 1), (9, 2)]), Line("empty", [])]), Panel("Other", "n", [])]
     root = ET.fromstring(over_time("Title & more", "what it is", "minutes", panels, marks=[4.5], mark="a kill"))
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
-    assert {"Title & more", "what it is", "minutes", "Memory (MiB)", "Other (n)", "dotted: a kill", "no data"} <= set(texts)
+    assert {"Title & more", "what it is", "minutes", "Memory (MiB)", "Other (n)", "dotted: a kill", "no data"} <= set(
+        texts
+    )
     assert "a <b>: 2" in texts and not any(text and text.startswith("empty") for text in texts)
     assert sum(element.tag.endswith("polyline") for element in root.iter()) == 1
 
@@ -102,5 +104,5 @@ async def test_one_turn_of_all_faults_leaves_nothing_behind(monkeypatch: pytest.
     assert len(rest) == 4
     assert all(SERIES.keys() <= sample.values.keys() for sample in rest)
     assert {(sample.values["connections"], sample.values["members"]) for sample in rest} == {(42.0, 42.0)}
-    assert this.lives > 4 and report.figures["messages delivered"] > 200
+    assert this.lives > 4 and report.figures["messages sent"] > 200
     assert "worker 1 is killed" in soak.picture(report, this)

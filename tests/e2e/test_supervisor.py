@@ -117,7 +117,7 @@ def test_supervisor_whose_log_nobody_reads_goes_on(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     process = subprocess.Popen(
         [PYTHON, "-m", "fastsig", "serve", "--workers", "2", "--port", str(port), "--server.drain-seconds", "0",
-         "--server.runtime-dir", str(tmp_path / "run")],
+         "--ops.port", "0", "--server.runtime-dir", str(tmp_path / "run")],
         stderr=writable,
     )  # fmt: skip
     try:
@@ -833,7 +833,7 @@ def early(given):
     os.kill(os.getpid(), 15)
     return real(given)
 cli._settle = early
-sys.exit(cli.main(["serve", "--port", "0"]))
+sys.exit(cli.main(["serve", "--port", "0", "--ops.port", "0"]))
 """
 
 

@@ -111,7 +111,8 @@ def launch(tmp_path: Path) -> Iterator[Launch]:
             program = (
                 f"import os, sys; os.dup2({given}, 3, inheritable=True); {code or 'pass'}\n"
                 f"os.environ |= {{'LISTEN_FDS': {count!r}, 'LISTEN_PID': str(os.getpid()), 'LISTEN_FDNAMES': 'x'}}\n"
-                f"line = '-m fastsig serve --workers {workers} --port 1 --host 192.0.2.1'.split()  # two do not count\n"
+                f"line = '-m fastsig serve --workers {workers} --ops.port 0'.split()\n"
+                "line += '--port 1 --host 192.0.2.1'.split()  # two that do not count\n"
                 "os.execv(sys.executable, [sys.executable, *line])"
             )
             process = subprocess.Popen(

@@ -12,8 +12,9 @@ from functools import partial
 from typing import Any
 
 from fastsig import metrics
-from fastsig._relay import Connection, Relay
+from fastsig._relay import Connection, Relay, Room
 from fastsig.bus import InProcess, Link, TwinLink
+from fastsig.calls import Calls
 from fastsig.config import Limits
 from fastsig.connection import Discard, Door, Handshake
 from fastsig.hub import Hub
@@ -148,6 +149,7 @@ class Host:
             self.relay, self.limits, place=place,
             clock=lambda: self.now, unix_clock=lambda: 1e9, make_id=self._make_id,
         )  # fmt: skip
+        self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
         self.door = Door(self.relay, path="/ws", message_bytes=self.limits.message_bytes)
@@ -183,9 +185,16 @@ class Host:
         end = self.now + seconds
         while self.now < end:
             self.now = min(self.now + 0.25, end)
-            self.relay.tick(self.now)
-            self.hub.tick(self.now)
+            self.tick()
             self.run()
+
+    def tick(self) -> None:
+        """What a worker does a few times a second."""
+        self.relay.tick(self.now)
+        self.hub.tick(self.now)
+        self.calls.take(self.relay.take_seen())
+        for room in self.calls.end(self.now):
+            self.relay.end_watch(room)
 
     # what a bus calls
 
@@ -407,8 +416,7 @@ class Cluster:
                 if host is not None:
                     host.hub.rooms.end_gathering()
                     host.now = self.now
-                    host.relay.tick(self.now)
-                    host.hub.tick(self.now)
+                    host.tick()
             self.run()
 
     def room(self, owner: int, number: int = 0) -> str:

@@ -209,10 +209,25 @@ def test_toml_that_is_not_understood_is_refused_by_name(tree: dict[str, Any], sa
         ({"server_echo_path": "/ws"}, 'server.echo_path = "/ws": this path is taken'),
         ({"server_echo_path": "echo"}, 'server.echo_path = "echo": expected a path that starts with /'),
         ({"server_echo_path": "/e", "server_proxy_protocol": True}, 'server.echo_path = "/e": leave it empty'),
+        ({"ops_host": ""}, 'ops.host = "": expected an address or a name'),
+        ({"ops_host": "0.0.0.0"}, 'ops.host = "0.0.0.0": set ops.token too'),
+        ({"ops_host": "ops.example"}, 'ops.host = "ops.example": set ops.token too'),
+        ({"ops_host": "::"}, 'ops.host = "::": set ops.token too'),
+        ({"ops_port": 8080}, "ops.port = 8080: this is server.port too"),
+        ({"ops_token": "a b"}, 'ops.token = "********": expected visible ASCII'),
+        ({"ops_token": "secret-ü"}, 'ops.token = "********": expected visible ASCII'),
     ],
 )
 def test_value_out_of_place_is_refused_by_name_value_and_cure(values: dict[str, Any], says: str) -> None:
     assert refusal(**values).startswith(says)
+
+
+def test_operations_port_without_a_token_is_for_loopback() -> None:
+    for host in ("localhost", "127.0.0.1", "127.8.9.10", "::1", "[::1]"):
+        checked(ops_host=host)
+    checked(ops_host="0.0.0.0", ops_token="t")
+    checked(ops_host="0.0.0.0", ops_port=0)
+    checked(ops_port=0, server_port=0)
 
 
 def test_number_too_large_for_a_float_is_refused() -> None:

@@ -241,7 +241,9 @@ def promtool() -> Callable[..., str]:
 
 
 def test_rules_are_rules_for_prometheus(promtool: Callable[..., str]) -> None:
-    assert f"SUCCESS: {len(ALERTS) + len(RECORDED)} rules found" in promtool("check", "rules", "--lint=all", "rules.yml")
+    assert f"SUCCESS: {len(ALERTS) + len(RECORDED)} rules found" in promtool(
+        "check", "rules", "--lint=all", "rules.yml"
+    )
 
 
 def test_alerts_fire_when_they_should(promtool: Callable[..., str]) -> None:

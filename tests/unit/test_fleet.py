@@ -21,6 +21,7 @@ from fastsig.fleet import (
     Silence,
     Start,
 )
+from fastsig.health import Slot
 
 NOW = 1000.0
 
@@ -282,6 +283,42 @@ def test_worker_that_was_silent_before_we_were_stopped_is_found_after_it() -> No
     assert _found(_listen(fleet, 1, now, beating=[0])[0]) == [(1, REPLACE_S, True)]
 
 
+# ---- what those who ask are told
+
+
+def _states(fleet: Fleet, slots: int) -> list[str]:
+    return [fleet.health(slot).state for slot in range(slots)]
+
+
+def test_state_of_a_slot_follows_its_worker() -> None:
+    fleet = Fleet(2)
+    assert _states(fleet, 2) == ["absent", "absent"]
+    fleet.starts(NOW)
+    assert _states(fleet, 2) == ["starting", "starting"]
+    fleet.on_ready(0, NOW)
+    fleet.on_ready(1, NOW)
+    assert _states(fleet, 2) == ["serving", "serving"]
+    fleet.on_full(0, is_full=True)
+    assert [fleet.health(slot).accepts for slot in range(2)] == [False, True]
+    fleet.on_death(0, "code 1", NOW)
+    assert fleet.health(0) == Slot("absent")
+    fleet.stop()
+    assert _states(fleet, 2) == ["absent", "draining"]
+
+
+def test_silent_worker_is_stuck_until_it_says_something_or_ends() -> None:
+    fleet = _serving(2)
+    fleet.look(NOW)
+    _, now = _listen(fleet, 5, NOW, beating=[0])
+    assert _states(fleet, 2) == ["serving", "stuck"]
+    assert fleet.health(1).silent_s == pytest.approx(5, abs=LOOK_S)
+    fleet.on_heartbeat(1)
+    assert fleet.health(1) == Slot("serving")
+    _, now = _listen(fleet, REPLACE_S, now, beating=[0])
+    fleet.on_heartbeat(1)
+    assert fleet.health(1).state == "stuck", "it is killed already"
+
+
 # ---- whose connections others take
 
 
@@ -487,4 +524,4 @@ def test_fleet_reads_no_clock_and_does_no_io() -> None:
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module or "." for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert found == {"dataclasses", "itertools", "typing"}
+    assert found == {"dataclasses", "health", "itertools", "typing"}

@@ -1,14 +1,18 @@
 """What each rare message does, over peers in memory."""
 
 import json
+import math
+from typing import Any
 
 import pytest
 
+from fastsig import metrics
 from fastsig.config import Limits
 from fastsig.errors import CloseCode
 from fastsig.hub import Hub
+from fastsig.routing import Address, Place
 
-from .memory import CLOSE, PING, PONG, Client, Host, frame
+from .memory import CLOSE, PING, PONG, Client, Cluster, Host, frame
 
 META_1K = "x" * 1022  # 1024 bytes of JSON with its quotes
 
@@ -367,9 +371,134 @@ async def test_more_than_twenty_counted_errors_in_five_seconds_close_4509(host: 
 async def test_every_client_message_of_this_version_is_handled(host: Host) -> None:
     """The list of PROTOCOL §3.1 less what its issues bring later."""
     client: Client = host.join("a")
-    for kind in ("hello", "join", "leave", "offer", "answer", "ice-candidate", "message", "x-y", "update", "ping"):
+    relayed = ("offer", "answer", "ice-candidate", "message", "x-y")
+    for kind in ("hello", "join", "leave", *relayed, "update", "ping", "report"):
         client.say(type=kind, room="r")
         assert all(message.get("code") != "unknown_type" for message in client.take()), kind
+
+
+# ---- reports
+
+
+def _reported(host: Host) -> dict[str, int]:
+    """What is counted of reports, by series."""
+    return {name: count for name, count in host.counted().items() if name.startswith("peer_connection") and "{" in name}
+
+
+def _setups(host: Host) -> dict[float, int]:
+    """How many reported that it took them up to so many seconds."""
+    bounds = (*metrics.histogram("peer_connection_setup_seconds").bounds, math.inf)
+    return {bound: n for bound, n in zip(bounds, host.observed("peer_connection_setup_seconds"), strict=True) if n}
+
+
+async def test_report_of_a_connection_counts_and_is_neither_answered_nor_relayed(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    payload = {"outcome": "connected", "ms": 740, "local": "srflx", "remote": "relay", "protocol": "udp", "other": []}
+    a.say(type="report", room="r", sender="a", recipient="b", payload=payload, id="q")
+    assert (a.take(), b.take()) == ([], [])
+    assert _reported(host) == {
+        'peer_connection_reports_total{outcome="connected"}': 1,
+        'peer_connection_paths_total{local="srflx",remote="relay",protocol="udp"}': 1,
+    }
+    assert _setups(host) == {0.75: 1}
+
+
+@pytest.mark.parametrize("outcome", ["failed", "disconnected", "closed"])
+async def test_only_a_connection_has_a_path_and_a_time(host: Host, outcome: str) -> None:
+    a = host.join("a")
+    a.say(type="report", room="r", recipient="b", payload={"outcome": outcome, "ms": 9, "local": "host"})
+    assert a.take() == []
+    assert (_reported(host), _setups(host)) == ({f'peer_connection_reports_total{{outcome="{outcome}"}}': 1}, {})
+
+
+@pytest.mark.parametrize("rest", [{}, {"ms": None, "local": None, "remote": None, "protocol": None}])
+async def test_what_a_report_does_not_say_is_unknown(host: Host, rest: dict[str, None]) -> None:
+    a = host.join("a")
+    a.say(type="report", room="r", recipient=["gone"], payload={"outcome": "connected"} | rest)
+    assert a.take() == []
+    assert _reported(host) == {
+        'peer_connection_reports_total{outcome="connected"}': 1,
+        'peer_connection_paths_total{local="unknown",remote="unknown",protocol="unknown"}': 1,
+    }
+    assert _setups(host) == {}
+
+
+@pytest.mark.parametrize(("ms", "seconds"), [(0, 0.05), (50.0, 0.05), (50.5, 0.1), (3_600_000, math.inf)])
+async def test_milliseconds_of_a_report_may_have_a_fraction_and_be_an_hour(
+    host: Host, ms: float, seconds: float
+) -> None:
+    a = host.join("a")
+    a.say(type="report", room="r", recipient="b", payload={"outcome": "connected", "ms": ms})
+    assert (a.take(), _setups(host)) == ([], {seconds: 1})
+
+
+BAD_REPORTS: dict[str, Any] = {
+    "no payload": None, "a list": [], "no outcome": {"ms": 1}, "another outcome": {"outcome": "fine"},
+    "a negative time": {"outcome": "connected", "ms": -1}, "more than an hour": {"outcome": "connected", "ms": 3600001},
+    "a time in words": {"outcome": "connected", "ms": "1"}, "a time that is true": {"outcome": "connected", "ms": True},
+    "another candidate": {"outcome": "connected", "local": "unknown"},
+    "another protocol": {"outcome": "failed", "protocol": "tls"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_REPORTS)
+async def test_report_that_says_anything_else_is_bad_and_counts_nothing(host: Host, what: str) -> None:
+    a = host.join("a")
+    a.say(type="report", room="r", recipient="b", payload=BAD_REPORTS[what], id="q")
+    (error,) = a.take()
+    assert (error["code"], error["room"], error["id"]) == ("bad_message", "r", "q")
+    assert (_reported(host), _setups(host)) == ({}, {})
+
+
+async def test_report_needs_a_room_of_the_senders_and_one_recipient_that_it_is_not(host: Host) -> None:
+    a = host.join("a")
+    failed = {"outcome": "failed"}
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"recipient": "b"}, "bad_message"),
+        ({"recipient": "b", "room": "elsewhere"}, "not_joined"),
+        ({"room": "r"}, "bad_message"),
+        ({"room": "r", "recipient": ["b", "c"]}, "bad_message"),
+        ({"room": "r", "recipient": "b", "sender": "c"}, "identity_mismatch"),
+    ]
+    for fields, code in refused:
+        a.say(type="report", payload=failed, **fields)
+        assert a.take_error() == code, fields
+    a.say(type="report", room="r", recipient="a", payload=failed)
+    (error,) = a.take()
+    assert (error["code"], error["recipients"]) == ("peer_unavailable", ["a"])
+    assert _reported(host) == {}
+
+
+async def test_report_of_a_room_that_another_worker_owns_counts_where_it_was_made() -> None:
+    cluster = Cluster(2)
+    room = cluster.room(owner=0)
+    a = cluster[1].connect()
+    a.say(type="join", room=room, sender="a")
+    cluster.run()
+    a.take()
+    a.say(type="report", room=room, recipient="b", payload={"outcome": "failed"})
+    cluster.run()
+    assert a.take() == []
+    assert [len(_reported(cluster[slot])) for slot in (0, 1)] == [0, 1]
+
+
+# ---- bugs
+
+
+async def test_bug_is_logged_with_the_connection_that_met_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = Host(place=Place(Address("", 3), 7))
+    host.join("a")
+    b = host.join("b")
+    b.take()
+    monkeypatch.setitem(host.hub._handlers, "ping", lambda connection, message: 1 / 0)
+    b.say(type="ping", payload="a secret")
+    assert b.take_close() == 1011
+    said = capsys.readouterr().err
+    assert "internal_error connection=3.7.2 peer=b" in said and "ZeroDivisionError" in said
+    assert "a secret" not in said
 
 
 # ---- other limits while it runs

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import errno
 import io
+import itertools
 import json
 import logging
 import os
@@ -48,6 +49,7 @@ def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     before = {name: getattr(logs._output, name) for name in logs._Output.__slots__}
+    logs._output.flood = logs.Flood()
     yield Stream()
     root.handlers, root.level = handlers, level
     for name, value in before.items():
@@ -294,6 +296,7 @@ def test_log_that_nobody_reads_loses_lines_and_says_how_many(
     if not has_nowait:
         monkeypatch.setattr(os, "pwritev", _old_kernel)
     reader, log = ends
+    monkeypatch.setattr(logs._output, "clock", itertools.count().__next__)  # a line in a second is no flood
     logs.configure("info", "json", stream=log)
     said = max(20, 1_000_000 // length)
     assert _is_done(lambda: _say(said, "x" * length))
@@ -336,6 +339,108 @@ def test_log_in_a_file_is_written_behind_what_is_there(stream: Stream, tmp_path:
     assert logs._output.lost == 0
 
 
+# ---- floods
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(logs._output, "clock", clock)
+    logs.configure("info", "json", stream=stream)
+    return clock
+
+
+def _lines(stream: Stream) -> list[dict[str, Any]]:
+    """What was written since the last time."""
+    found = [json.loads(line) for line in stream.getvalue().splitlines()]
+    stream.seek(0)
+    stream.truncate()
+    return found
+
+
+def test_of_a_flood_the_first_lines_of_each_second_are_written(stream: Stream, clock: Clock) -> None:
+    log = logs.get("fastsig.test")
+    for tenth in range(30):
+        for _ in range(10):
+            log.error("internal_error")
+        clock.now = 1000.0 + (tenth + 1) / 10
+    lines = _lines(stream)
+    assert len(lines) == 3 * logs.FLOOD_LINES
+    assert [line["suppressed"] for line in lines if "suppressed" in line] == [80, 80]
+    assert [index for index, line in enumerate(lines) if "suppressed" in line] == [20, 40]
+
+
+def test_flood_of_one_event_hides_no_other_and_no_other_level(stream: Stream, clock: Clock) -> None:
+    log = logs.get("fastsig.test")
+    for _ in range(100):
+        log.warning("cannot_accept")
+    _lines(stream)
+    log.error("cannot_accept")
+    log.warning("cannot_watch")
+    assert [(line["level"], line["event"]) for line in _lines(stream)] == [
+        ("error", "cannot_accept"), ("warning", "cannot_watch"),
+    ]  # fmt: skip
+
+
+def test_another_event_says_what_a_flood_that_is_over_left_out(stream: Stream, clock: Clock) -> None:
+    log = logs.get("fastsig.test")
+    for _ in range(25):
+        log.warning("cannot_accept")
+    _lines(stream)
+    log.info("serving")
+    assert [line["event"] for line in _lines(stream)] == ["serving"], "it may go on yet"
+    clock.now += logs.FLOOD_S
+    log.info("serving")
+    told, line = _lines(stream)
+    assert (told["level"], told["event"], told["of"], told["lines"]) == (
+        "warning",
+        "lines_suppressed",
+        "cannot_accept",
+        5,
+    )
+    assert line["event"] == "serving"
+    log.info("serving")
+    log.warning("cannot_accept")
+    assert [line.get("suppressed") for line in _lines(stream)] == [None, None], "it is said once"
+
+
+def test_lines_below_the_level_are_no_flood(stream: Stream, clock: Clock) -> None:
+    log = logs.get("fastsig.test")
+    for _ in range(100):
+        log.debug("cannot_serve")
+    logs.configure("debug", "json", stream=stream)
+    log.debug("cannot_serve")
+    assert "suppressed" not in stream.line()
+
+
+def test_libraries_are_held_to_the_same(stream: Stream, clock: Clock) -> None:
+    for number in range(100):
+        logging.getLogger(f"library.{number}").warning("x")
+    assert len(_lines(stream)) == logs.FLOOD_LINES
+
+
+def test_line_that_is_left_out_is_not_made(stream: Stream, clock: Clock) -> None:
+    shown = 0
+
+    class Costly:
+        def __repr__(self) -> str:
+            nonlocal shown
+            shown += 1
+            return "costly"
+
+    for _ in range(100):
+        logs.get("fastsig.test").info("serving", value=Costly())
+    assert shown == logs.FLOOD_LINES
+
+
 # ---- the vocabulary
 
 
@@ -366,7 +471,8 @@ def test_only_known_events_are_logged() -> None:
 
 
 def test_every_known_event_is_logged_somewhere() -> None:
-    assert set(logs.EVENTS) - {"library_message"} == {_event(call) for _, call in _calls()}
+    of_its_own = {"library_message", "lines_suppressed"}  # `logs` says these by another way
+    assert set(logs.EVENTS) - of_its_own == {_event(call) for _, call in _calls()}
 
 
 def test_fields_of_events_are_named_and_neither_reserved_nor_secret() -> None:

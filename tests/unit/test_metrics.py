@@ -265,6 +265,7 @@ async def test_room_is_watched_from_an_offer_on(host: Host) -> None:
     assert (len(seen[0][4]), seen[1][4]) == (16384, b"")
     assert host.relay.take_seen() == []
     host.relay.end_watch(room)
+    host.join("e", "another")
     host.join("d", "another").say(type="offer", room="another")
     assert len(host.relay.take_seen()) == 1, "its place is free again"
 
@@ -279,6 +280,18 @@ async def test_watched_room_is_spent_after_64_messages(host: Host) -> None:
     host.relay.end_watch(seen[0][0])
     a.say(type="offer", room="r", recipient="b")
     assert len(host.relay.take_seen()) == 1
+
+
+async def test_what_waits_to_be_looked_at_is_bounded(host: Host) -> None:
+    host.watch_rooms(100)
+    for number in range(100):
+        a, _b = host.join("a", f"room {number}"), host.join("b", f"room {number}")
+        for _ in range(64):
+            a.say(type="offer", room=f"room {number}", recipient="b", payload="x" * 16384)
+    seen = host.relay.take_seen()
+    assert sum(len(entry[4]) for entry in seen) < 4 * 2**20 + 101 * 16384
+    assert seen[0][0].is_spent
+    assert seen[-1][0].is_spent
 
 
 async def test_nothing_is_watched_when_that_is_off(host: Host) -> None:

@@ -1,9 +1,11 @@
 """What the server says, byte for byte, and what it reads in payloads."""
 
+from typing import get_args
+
 import pytest
 from msgspec import Raw
 
-from fastsig import protocol
+from fastsig import metrics, protocol
 from fastsig.errors import CATALOGUE, ProtocolError
 
 
@@ -53,3 +55,9 @@ def test_metadata_limit_counts_bytes_and_zero_is_no_limit() -> None:
     with pytest.raises(ProtocolError) as refusal:
         protocol.read_update(text, meta_bytes=13)
     assert refusal.value.entry.code == "too_large"
+
+
+def test_words_of_a_report_are_those_that_are_counted() -> None:
+    assert get_args(protocol.Outcome) == metrics.OUTCOMES
+    assert get_args(protocol.Candidate) == metrics.CANDIDATES
+    assert get_args(protocol.Transport) == metrics.PROTOCOLS
