@@ -39,6 +39,7 @@ class History:
 
     def __init__(self) -> None:
         self.began_at: Final = time.time()
+        self.has_ended = False
         self._began: Final = time.monotonic()
         self._looked = self._began
         self._times: dict[tuple[str, str], dict[int, int]] = {}  # (name, kind) -> {ms: how many results so far}
@@ -67,6 +68,11 @@ class History:
             line.append((at_s, max(0, count - self._errors[code]) / took_s))
         self._errors = errors
 
+    def end(self, stats: RequestStats) -> None:
+        """Look for the last time."""
+        self.look(stats)
+        self.has_ended = True
+
     def page(self, stats: RequestStats) -> str:
         """A section of HTML."""
         title = headline(stats)
@@ -83,7 +89,7 @@ class History:
         panels = [Panel(what, "ms", self._lines(rows), absent="nothing yet") for what, rows in CHARTS]
         errors = [Line(code, points) for code, points in sorted(self._rates.items())]
         panels.append(Panel("Errors", "per second", errors, absent="none"))
-        subtitle = f"A point is about the {EVERY_S:g} s before it: so much, or less, was the delay of 50 %, of 95 %"
+        subtitle = f"About the {EVERY_S:g} s before each point, in whole ms: so much, or less, was the delay of 50 %, of 95 %"
         return over_time(title, subtitle, "seconds since the start", panels)
 
     def _lines(self, rows: tuple[tuple[str, str], ...]) -> list[Line]:

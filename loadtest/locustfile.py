@@ -89,11 +89,11 @@ class Load:
         self.engine = self.scene = None
 
     def watch(self, environment: Environment) -> None:
-        """Keep the history of this test, until the next one begins."""
+        """Keep the history of this test, until it ends."""
         history = self.history = History()
-        while self.history is history:
-            gevent.sleep(EVERY_S)
+        while not history.has_ended:
             history.look(environment.stats)
+            gevent.sleep(EVERY_S)
 
 
 _load: Final = Load()
@@ -229,6 +229,8 @@ def _begin(environment: Environment, **_: Any) -> None:
 @events.test_stop.add_listener
 def _stop(environment: Environment, **_: Any) -> None:
     _load.end(environment)
+    if _load.history is not None:
+        _load.history.end(environment.stats)
 
 
 @events.report_to_master.add_listener
@@ -281,7 +283,6 @@ def _draw(environment: Environment, **_: Any) -> None:
     """Locust has written its report already."""
     path = environment.parsed_options.html_file if environment.parsed_options else None
     if path and _load.history is not None:
-        _load.history.look(environment.stats)
         _load.history.add_to(Path(path), environment.stats)
 
 
