@@ -151,10 +151,11 @@ class Accept(Struct, tag="accept", frozen=True):
 
 
 class Confirm(Struct, tag="confirm", frozen=True):
-    """It is yours; or, when that answer came too late, it is not."""
+    """It is yours; or, when that answer came too late, it is not. `trace`: the traceparent of its way so far."""
 
     request: int
     is_yours: bool
+    trace: str | None = None
 
 
 Membership = (

@@ -94,7 +94,10 @@ class Server:
     tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
     origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)
     trusted_proxies: tuple[str, ...] = _option(
-        (), "Addresses or networks whose forwarding headers are believed.", reloads=True
+        (),
+        "Addresses or networks of proxies that are believed: for now, that a traceparent is to be recorded.",
+        reloads=True,
+        has_effect=True,
     )
     proxy_protocol: bool = _option(False, "Expect a PROXY protocol header on each connection.")
     moves: bool = _option(
@@ -241,10 +244,14 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Tracing:
-    """OpenTelemetry."""
+    """OpenTelemetry; see docs/tracing.md."""
 
-    enabled: bool = _option(False, "Export traces.")
-    relay_sample: int = _option(0, "Trace one in this many relayed messages; 0: none.", reloads=True)
+    enabled: bool = _option(
+        False, "Export traces by OTLP/HTTP, as OTEL_* variables say; needs the extra otel.", has_effect=True
+    )
+    relay_sample: int = _option(
+        0, "Trace one in this many relayed messages; 0: none.", most=1 << 31, reloads=True, has_effect=True
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -513,6 +520,7 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "server.echo_path", "this path is taken, choose another"
     if server.echo_path and (server.trusted_proxies or server.proxy_protocol):
         yield "server.echo_path", "leave it empty, or server.trusted_proxies and server.proxy_protocol unset"
+    yield from _strangers(server.trusted_proxies)
     if server.tls_cert and not server.tls_key:
         yield "server.tls_cert", "set server.tls_key too"
     if server.tls_key and not server.tls_cert:
@@ -539,6 +547,16 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost" or ipaddress.ip_address(host.removeprefix("[").removesuffix("]")).is_loopback
     except ValueError:
         return False
+
+
+def _strangers(proxies: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for proxy in proxies:
+        from ipaddress import ip_network  # noqa: PLC0415 # most servers have none
+
+        try:
+            ip_network(proxy)
+        except ValueError:
+            yield "server.trusted_proxies", f"{json.dumps(proxy)} is no address or network, such as 10.0.0.0/8"
 
 
 def _is_plain_path(path: str) -> bool:

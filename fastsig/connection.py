@@ -20,10 +20,10 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, Protocol
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -169,11 +169,23 @@ def http_response(status: int, body: bytes, *, headers: str = "", content_type: 
     ).encode("ascii") + body
 
 
+class _Request(Protocol):
+    """One handshake as `tracing` sees it."""
+
+    def read(self, traceparents: Sequence[str], peername: Any) -> None: ...
+    def passed(self, result: str) -> str: ...
+    def end(self, connection: Connection, result: str) -> None: ...
+
+
+class _Tracer(Protocol):
+    def begin(self, trace: str | None) -> _Request: ...
+
+
 class Door:
     """What a request may open: the path of the WebSocket, health. One per worker.
 
     `pass_on(handshake, room, received)`: is another worker asked to serve this connection, because it owns the room?
-    Then either `Handshake.let_go` or `Handshake.serve` follows.
+    Then either `Handshake.let_go` or `Handshake.serve` follows. `tracer`: hears of handshakes, where traces are wanted.
     """
 
     def __init__(
@@ -188,19 +200,23 @@ class Door:
         self.path = path
         self.message_bytes = message_bytes
         self.pass_on = pass_on
+        self.tracer: _Tracer | None = None
         self.is_ready = True
         self._beginning: dict[asyncio.Task[Any], socket.socket] = {}
 
-    def serve(self, fd: int, received: bytes = b"", *, is_passed: bool = False) -> None:
+    def serve(self, fd: int, received: bytes = b"", *, is_passed: bool = False, trace: str | None = None) -> None:
         """Serve an accepted connection; takes the descriptor over. Call within the loop.
 
-        `received`: what another worker had read from it already; `is_passed`: never pass it on.
+        `received`: what another worker had read from it already; `is_passed`: never pass it on; `trace`: the
+        traceparent of what that worker did.
         """
         loop = asyncio.get_running_loop()
         pass_on = None if is_passed else self.pass_on
         end = socket.socket(fileno=fd)
         end.setblocking(False)
-        task = loop.create_task(loop.connect_accepted_socket(lambda: Handshake(self, received, pass_on=pass_on), end))
+        task = loop.create_task(
+            loop.connect_accepted_socket(lambda: Handshake(self, received, pass_on=pass_on, trace=trace), end)
+        )
         self._beginning[task] = end
         task.add_done_callback(self._on_begun)
 
@@ -237,10 +253,10 @@ class Door:
 class Handshake(asyncio.Protocol):
     """Reads one request head. Its time-out is the connection's first deadline in the wheel.
 
-    `received`: what another worker had read from the connection already. `pass_on`: see `Door`.
+    `received`: what another worker had read from the connection already. `pass_on`: see `Door`; `trace`: `Door.serve`.
     """
 
-    __slots__ = ("_connection", "_door", "_pass_on", "_received", "_transport")
+    __slots__ = ("_connection", "_door", "_pass_on", "_received", "_request", "_transport")
 
     def __init__(
         self,
@@ -248,10 +264,12 @@ class Handshake(asyncio.Protocol):
         received: bytes = b"",
         *,
         pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
+        trace: str | None = None,
     ) -> None:
         self._door = door
         self._received = received
         self._pass_on = pass_on
+        self._request = None if door.tracer is None else door.tracer.begin(trace)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
@@ -271,7 +289,10 @@ class Handshake(asyncio.Protocol):
         try:
             if end < 0:
                 raise _bad_request("The request head is too long.")
-            answer, room = self._door.answer(read_head(received[:end]))
+            head = read_head(received[:end])
+            if self._request is not None:
+                self._request.read(head.headers.get("traceparent", ()), self._transport.get_extra_info("peername"))
+            answer, room = self._door.answer(head)
             if room is not None and self._pass_on is not None and self._pass_on(self, room, received):
                 self._transport.pause_reading()  # not a byte more: whoever serves it gets what was read
                 return
@@ -298,6 +319,10 @@ class Handshake(asyncio.Protocol):
         """Is the connection still there to be passed on, or served?"""
         return self._connection.is_shaking
 
+    def trace_pass(self, result: str) -> str | None:
+        """Another worker was asked, and this came of it. The traceparent for it to go on with, where there is one."""
+        return None if self._request is None else self._request.passed(result)
+
     def let_go(self) -> None:
         """It is another process's connection now: close this descriptor of it."""
         self._connection.let_go()
@@ -314,6 +339,8 @@ class Handshake(asyncio.Protocol):
         self._door.relay.count(_RESULTS[refusal.code])
         fields = {"type": "error", "code": refusal.code, "message": refusal.sentence, "retry": refusal.status >= 500}
         self._connection.send_last(http_response(refusal.status, msgspec.json.encode(fields), headers=refusal.headers))
+        if self._request is not None:
+            self._request.end(self._connection, refusal.code)
 
     def _upgrade(self, answer: bytes, tail: bytes) -> None:
         """The hand-over to picows. What came pipelined behind the head are frames already."""
@@ -328,6 +355,8 @@ class Handshake(asyncio.Protocol):
         connection.open()
         self._transport.set_protocol(websocket)
         self._received = b""
+        if self._request is not None:
+            self._request.end(connection, "accepted")
         if tail:
             _feed(websocket, tail, connection)
 

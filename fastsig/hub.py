@@ -21,7 +21,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 from msgspec import Raw
@@ -75,8 +75,18 @@ class _Request(NamedTuple):
     room: Room | None  # of another owner: kept, since its roster may be that of this one
 
 
+class _Tracer(Protocol):
+    """What `tracing` hears from here. Each join ends by `joined`, `refused` or `withdrawn`."""
+
+    def join(self, connection: Connection, trace: str | None) -> None: ...
+    def joined(self, connection: Connection) -> None: ...
+    def withdrawn(self, connection: Connection) -> None: ...
+    def refused(self, connection: Connection | None, code: str) -> None: ...
+    def relayed(self, type: str, size: int, began: float, ended: float) -> None: ...
+
+
 class Hub:
-    """Decides for one worker, the one at `place`."""
+    """Decides for one worker, the one at `place`. `tracer` is None unless traces are wanted."""
 
     def __init__(
         self,
@@ -89,6 +99,7 @@ class Hub:
         make_id: Callable[[], str] | None = None,
     ) -> None:
         self.rooms = Rooms(relay, limits, generation=place.generation)
+        self.tracer: _Tracer | None = None
         self._relay = relay
         self._limits = limits
         self._place = place
@@ -152,6 +163,8 @@ class Hub:
         entry = CATALOGUE[code]
         connection.send(protocol.error(entry, room=room, id=id, recipients=recipients, after_ms=after_ms))
         self._relay.count(_ERRORS[code])
+        if self.tracer is not None:
+            self.tracer.refused(connection, code)
         if entry.is_counted and self._is_one_too_many(connection):
             connection.send_close(CloseCode.TOO_MANY_ERRORS, "lost")
 
@@ -160,6 +173,8 @@ class Hub:
         text = protocol.error(CATALOGUE[code], room=sender.room.name, id=id, recipients=recipients, after_ms=None)
         self._relay.tell(sender, text)
         self._relay.count(_ERRORS[code])
+        if self.tracer is not None:
+            self.tracer.refused(None, code)
 
     def depart(self, connection: Connection, reason: str) -> None:
         """The connection is going or gone: out of all its rooms, and not into another."""
@@ -172,6 +187,8 @@ class Hub:
         number = self._asking.get(connection)
         if number is not None:
             self._withdraw(number)
+            if self.tracer is not None:
+                self.tracer.withdrawn(connection)
 
     def report_bug(self, connection: Connection | None) -> None:
         """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone.
@@ -184,7 +201,9 @@ class Hub:
             _log.exception("internal_error", connection=self._name(connection), peer=connection.peer)
 
     def relayed(self, type: str, size: int, began: float, ended: float) -> None:
-        """A relay that was picked for a trace."""
+        """A relay that was picked for a trace: so many bytes, and when, in monotonic seconds."""
+        if self.tracer is not None:
+            self.tracer.relayed(type, size, began, ended)
 
     def receive_word(self, neighbour: Neighbour, word: bytes) -> None:
         """What another worker says. One of another version says what cannot be read: the way to it is useless."""
@@ -223,6 +242,8 @@ class Hub:
     def _join(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
         payload = protocol.read_join(message.payload, meta_bytes=self._limits.meta_bytes)
+        if self.tracer is not None:
+            self.tracer.join(connection, payload.trace)
         _refuse_token(payload.token)
         self._check_joiner(connection, name)
         peer = connection.peer or message.sender or self._make_id()
@@ -292,8 +313,16 @@ class Hub:
         self.rooms.check(join.room, join.peer)
         _settle(connection, join.peer)
         member = self.rooms.add(join, connection)
-        _send_joined(member, entries(other for other in member.room.members if other is not member), id)
+        self._send_joined(member, entries(other for other in member.room.members if other is not member), id)
         self.rooms.introduce(member, join.trace)
+
+    def _send_joined(self, member: Member, others: Iterable[Entry], id: str | None) -> None:
+        peers = [protocol.RosterEntry(sender=other.peer, n=other.n, meta=other.meta) for other in others]
+        payload = protocol.Roster(n=member.n, peers=peers)
+        connection = member.connection
+        connection.send(protocol.Joined(room=member.room.name, sender=member.name, payload=payload, id=id).encode())
+        if self.tracer is not None:
+            self.tracer.joined(connection)
 
     def _join_later(self, number: int) -> None:
         """It was held while the rooms were gathered."""
@@ -334,7 +363,7 @@ class Hub:
         room.max_peers = word.max_peers
         if word.roster is not None:
             room.roster = _kept(word.roster)
-        _send_joined(member, sorted(room.roster.values(), key=_ordinal), request.id)
+        self._send_joined(member, sorted(room.roster.values(), key=_ordinal), request.id)
         room.roster[member.n] = Entry(member.name, member.n, request.join.meta)
         self._release(request)
         connection.proceed()
@@ -517,12 +546,6 @@ def _settle(connection: Connection, peer: str) -> None:
     if connection.peer is None:
         connection.identify(peer)
     connection.settle()
-
-
-def _send_joined(member: Member, others: Iterable[Entry], id: str | None) -> None:
-    peers = [protocol.RosterEntry(sender=other.peer, n=other.n, meta=other.meta) for other in others]
-    payload = protocol.Roster(n=member.n, peers=peers)
-    member.connection.send(protocol.Joined(room=member.room.name, sender=member.name, payload=payload, id=id).encode())
 
 
 def _check_sender(connection: Connection, sender: str | None) -> None:

@@ -65,6 +65,8 @@ EVENTS: Final[dict[str, str]] = {
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    # traces
+    "spans_lost": "The collector did not take `spans` since this was last said, for `reason`; once a minute at most.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
     "lines_lost": "So many `lines` of this process's log were lost: whoever is to read them did not take them in time.",
@@ -139,6 +141,13 @@ def configure(level: str, format: str, *, stream: TextIO | None = None, **fields
     root = logging.getLogger()
     root.handlers = [handler for handler in root.handlers if not isinstance(handler, _Folded)] + [_Folded()]
     root.setLevel(_output.least)
+
+
+def divert(name: str, hear: Callable[[str], None]) -> None:
+    """What a library says through Python's logger of this name goes to `hear`, and no further. Any thread calls it."""
+    logger = logging.getLogger(name)
+    logger.handlers = [_Diverted(hear)]
+    logger.propagate = False
 
 
 def document() -> str:
@@ -266,20 +275,33 @@ def _takes(fd: int) -> bool:
 _output: Final = _Output()
 
 
+class _Diverted(logging.Handler):
+    def __init__(self, hear: Callable[[str], None]) -> None:
+        super().__init__()
+        self._hear = hear
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._hear(_message(record))
+
+
 class _Folded(logging.Handler):
     """Python's logging as events of ours."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            message = record.getMessage()
-        except Exception:  # noqa: BLE001 # arguments of strangers that do not fit their own format
-            message = str(record.msg)
+        message = _message(record)
         level = "error"
         for name, least in reversed(LEVELS.items()):
             level = name
             if least <= record.levelno:
                 break
         get(record.name)._say(level, "library_message", {"message": message, "exc_info": record.exc_info})  # noqa: SLF001
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # noqa: BLE001 # arguments of strangers that do not fit their own format
+        return str(record.msg)
 
 
 def _add_context(logger: object, level: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -39,7 +39,8 @@ ROOM_SIZES: Final = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128",
 HANDSHAKES: Final = ("accepted", "passed", *HTTP_STATUS, "timeout", "gone")
 ENDS_BY_CLIENT: Final = (("1000", "client"), ("1001", "client"), ("1005", "client"), ("other", "client"))
 LOST: Final = ("1006", "lost")
-_NOT_OURS: Final = (*ENDS_BY_CLIENT, LOST)
+WORKER_DIED: Final = ("1006", "worker_died")
+_NOT_OURS: Final = (*ENDS_BY_CLIENT, LOST, WORKER_DIED)
 ENDS: Final = (
     *_NOT_OURS, *((str(int(code)), code.name.lower()) for code in CloseCode if code != CloseCode.NORMAL),
 )  # fmt: skip
@@ -142,7 +143,7 @@ FAMILIES: Final = (
     Family(
         "disconnects_total", "counter",
         "WebSockets ended. `reason` is client where the client closed with `code` (1005: none given), lost where the"
-        " connection broke, else the server's.",
+        " connection broke, worker_died where its worker ended with it, else the server's.",
         ("code", "reason"), ENDS,
     ),
     Family("connection_duration_seconds", "histogram", "How long WebSockets lasted.", bounds=_LIVES, scale=NANO),
@@ -301,13 +302,15 @@ class Counters:
         """One more of a metric that is the supervisor's own."""
         self._words[slot * SLAB_BYTES // WORD_BYTES + FIRST[name]] += 1
 
-    def zero_gauges(self, slot: int) -> None:
+    def bury(self, slot: int) -> None:
         """The worker of `slot` has ended, and with it all that it had. Not while one runs: it is the writer."""
+        first = slot * SLAB_BYTES // WORD_BYTES
+        died = first + index("disconnects_total", *WORKER_DIED)
+        self._words[died] += self._words[first + FIRST["connections"]]
         for family in IN_MAP:
             if family.kind == "gauge":
-                first = slot * SLAB_BYTES // WORD_BYTES + FIRST[family.name]
-                for place in range(first, first + family.words):
-                    self._words[place] = 0
+                for place in range(family.words):
+                    self._words[first + FIRST[family.name] + place] = 0
 
     def close(self) -> None:
         """Idempotent. The workers keep what they have mapped."""

@@ -56,7 +56,7 @@ class Passing:
         for key in [key for key in self._offered if key[0] is neighbour]:
             os.close(self._offered.pop(key)[0])
         for number in [number for number, offer in self._offers.items() if offer[0] is neighbour]:
-            self._serve_here(number)
+            self._serve_here(number, "lost")
 
     # ---- the worker that accepted it
 
@@ -76,13 +76,14 @@ class Passing:
     def _on_silence(self, number: int) -> None:
         owner = self._offers[number][0]
         self._silent[owner] = self._silent.get(owner, 0) + 1
-        self._serve_here(number)
+        self._serve_here(number, "silent")
 
     def _on_accept(self, owner: Neighbour, word: Accept) -> None:
         offer = self._offers.get(word.request)
         is_yours = word.is_willing and offer is not None and offer[1].is_waiting
         if word.is_willing:
-            owner.say(encode(Confirm(word.request, is_yours)))
+            trace = offer[1].trace_pass("passed") if offer is not None and is_yours else None
+            owner.say(encode(Confirm(word.request, is_yours, trace)))
         if offer is None:
             self._forgive(owner)
             return
@@ -92,7 +93,7 @@ class Passing:
             offer[1].let_go()
             self._relay.count(_PASSED)
         else:
-            self._serve_here(word.request)
+            self._serve_here(word.request, "declined")
 
     def _forgive(self, owner: Neighbour) -> None:
         """One answer that came late. When all have come it may be asked again."""
@@ -100,10 +101,11 @@ class Passing:
         if left > 0:
             self._silent[owner] = left
 
-    def _serve_here(self, number: int) -> None:
+    def _serve_here(self, number: int, reason: str) -> None:
         _, handshake, timer = self._offers.pop(number)
         timer.cancel()
         if handshake.is_waiting:
+            handshake.trace_pass(reason)
             handshake.serve()
 
     # ---- the worker that owns the room
@@ -118,6 +120,6 @@ class Passing:
     def _on_confirm(self, neighbour: Neighbour, word: Confirm) -> None:
         fd, received = self._offered.pop((neighbour, word.request))
         if word.is_yours:
-            self._door.serve(fd, received, is_passed=True)
+            self._door.serve(fd, received, is_passed=True, trace=word.trace)
         else:
             os.close(fd)

@@ -7,7 +7,7 @@ Read `hub` next: it decides which of these is said to whom.
 """
 
 import re
-from typing import Annotated, Final, Literal, TypeAlias, TypeVar
+from typing import Annotated, Final, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import UNSET, Meta, Raw, Struct, UnsetType
@@ -26,7 +26,11 @@ Outcome: TypeAlias = Literal["connected", "failed", "disconnected", "closed"]
 Candidate: TypeAlias = Literal["host", "srflx", "prflx", "relay"]
 Transport: TypeAlias = Literal["udp", "tcp"]
 
-_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")  # W3C Trace Context §3.2
+# W3C Trace Context §3.2. A version after 00 may have more behind it, here no more than fits into a log line.
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<span>[0-9a-f]{16})"
+    r"-(?P<flags>[0-9a-f]{2})(?P<more>-[!-~]{0,72})?"
+)
 
 
 class ServerMessage(Struct, tag_field="type", omit_defaults=True, kw_only=True, frozen=True):
@@ -258,9 +262,25 @@ def read_join(payload: bytes | None, *, meta_bytes: int) -> JoinPayload:
     _check_meta(join.meta, meta_bytes)
     if join.max_peers is not None and join.max_peers < 1:
         raise ProtocolError("bad_message")
-    if join.trace is not None and not _TRACEPARENT.fullmatch(join.trace):
+    if join.trace is not None and read_traceparent(join.trace) is None:
         raise ProtocolError("bad_message")
     return join
+
+
+class Traceparent(NamedTuple):
+    """A step of somebody else's trace. `is_sampled`: it says that it is recorded."""
+
+    trace_id: int
+    span_id: int
+    is_sampled: bool
+
+
+def read_traceparent(text: str) -> Traceparent | None:
+    """None for anything that W3C Trace Context §3.2 does not allow: version ff, ids of zeros, capitals, more text."""
+    found = _TRACEPARENT.fullmatch(text)
+    if found is None or (found["version"] == "00" and found["more"] is not None):
+        return None
+    return Traceparent(int(found["trace"], 16), int(found["span"], 16), bool(int(found["flags"], 16) & 1))
 
 
 def read_update(payload: bytes | None, *, meta_bytes: int) -> bytes:

@@ -72,6 +72,7 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # what comes before `Supervisor.run` can handle it waits until then
     control.check(config)
+    _check_extra(config)
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     operators: list[socket.socket] = []
@@ -100,6 +101,17 @@ def _made(
         return Supervisor(config, slots, reload, worker, are_ours=are_ours)
     except OSError as error:
         raise StartError(f"this machine has no room for the counters: {error}") from error
+
+
+def _check_extra(config: Config) -> None:
+    """Raises ConfigError. The packages are looked for, not imported: only workers need them."""
+    if config.tracing.enabled:
+        from importlib import metadata  # noqa: PLC0415 # 30 ms
+
+        try:
+            metadata.distribution("opentelemetry-exporter-otlp-proto-http")  # which needs the SDK
+        except metadata.PackageNotFoundError:
+            raise ConfigError("tracing.enabled = true: install what it needs: pip install 'fastsig[otel]'") from None
 
 
 def slot_count(config: Config) -> int:
@@ -464,7 +476,7 @@ class Supervisor:
         self._links.on_death(worker.slot)
         unseen = worker.outbox.take_back_all()
         status = worker.close()
-        self._counters.zero_gauges(worker.slot)
+        self._counters.bury(worker.slot)
         reason = worker.reason or f"worker {worker.slot} ended with {ending(status)}"
         if not self._fleet.is_stopping:
             self._replace(worker.slot, reason, worker.log)

@@ -20,7 +20,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import uvloop
 
@@ -52,11 +52,14 @@ from .control import (
     ToSupervisor,
     Unlinked,
 )
-from .errors import CloseCode, ExitCode, InvariantError
+from .errors import CloseCode, ConfigError, ExitCode, InvariantError
 from .hub import Hub
 from .passing import Passing
 from .protocol import Departure, GoAway
 from .routing import Address, Place
+
+if TYPE_CHECKING:
+    from .tracing import Tracer
 
 _log = logs.get("fastsig.worker")
 
@@ -65,6 +68,7 @@ TICK_S: Final = 0.25
 HEARTBEAT_S: Final = 0.5
 GOODBYE_S: Final = 2.5  # a peer has 2 s to answer our close (PROTOCOL §3.5); then the wheel drops it
 HURRY_S: Final = 0.25  # the same when the end is forced; the supervisor kills after `FORCED_STOP_S`
+FLUSH_S: Final = 1.0  # a collector of traces that is gone holds up an end no longer
 DRAIN_STEP_S: Final = 0.05  # closes that are due within one step go out together
 GATHER_S: Final = 0.25  # a new worker waits so long for what others know of its rooms (ARCHITECTURE §1)
 LINKS_S: Final = 5.0  # the links of a new worker may be late: they take descriptors of which there may be too few
@@ -143,11 +147,14 @@ class Worker:
         )
         self._lag = Lag(self.relay)
         self._calls: Calls[Room] = Calls(self.relay)
-        self.hub = Hub(self.relay, limits, place=Place(Address(_HOST, boot.slot), boot.generation, boot.view))
+        place = Place(Address(_HOST, boot.slot), boot.generation, boot.view)
+        self.hub = Hub(self.relay, limits, place=place)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
         self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
         self._passing = Passing(loop, self.relay, self.hub, self.door)
+        self._tracer = _tracer(boot.config, place)
+        self.hub.tracer = self.door.tracer = self._tracer
         self._mesh = Mesh(loop, self)
         self._unsaid: list[ToSupervisor] = []  # what the supervisor had no room for
         self._boot = boot
@@ -173,6 +180,7 @@ class Worker:
         _freeze()
         self._channel.send(Ready(pid=os.getpid()))
         await self._close_all(await self._stop)
+        await self._flush()
         return ExitCode.OK
 
     async def _join_mesh(self) -> None:
@@ -298,6 +306,8 @@ class Worker:
         self.relay.configure(**_for_relay(config))
         self.hub.configure(config.limits)
         self.door.message_bytes = config.limits.message_bytes
+        if self._tracer is not None:
+            self._tracer.configure(config)
 
     def _on_orphaned(self) -> None:
         seconds = self._config.server.drain_seconds
@@ -421,6 +431,13 @@ class Worker:
         while self._is_anybody_here() and time.monotonic() < min(until, self._hurry_until):  # noqa: ASYNC110
             await asyncio.sleep(0.01)  # an event in the relay would be there for this moment alone
 
+    async def _flush(self) -> None:
+        """The last spans, as far as the collector takes them now."""
+        if self._tracer is not None:
+            until, flushing = time.monotonic() + FLUSH_S, self._tracer.flush()
+            while flushing.is_alive() and time.monotonic() < min(until, self._hurry_until):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)  # a thread tells no loop when it ends
+
 
 def _for_relay(config: Config) -> dict[str, Any]:
     """The arguments of `Relay.configure`."""
@@ -433,6 +450,14 @@ def _for_relay(config: Config) -> dict[str, Any]:
         "watched_rooms": config.ops.watched_rooms,
         "trace_every": config.tracing.relay_sample if config.tracing.enabled else 0,
     }
+
+
+def _tracer(config: Config, place: Place) -> "Tracer | None":
+    if not config.tracing.enabled:
+        return None
+    from . import tracing  # noqa: PLC0415 # 0.1 s, and packages of an extra
+
+    return tracing.start(config, place)
 
 
 def _freeze() -> None:
@@ -456,7 +481,7 @@ def main(fd: int) -> ExitCode:
     try:
         code: ExitCode = uvloop.run(_serve(boot, channel))
     except Exception as reason:  # noqa: BLE001 (the main loop is one of the three places that catch broadly)
-        if isinstance(reason, OSError):  # this machine's, not ours: the supervisor says it in its one line
+        if isinstance(reason, OSError | ConfigError):  # not ours: the supervisor says it in its one line
             _log.debug("worker_failed", reason=str(reason))
         else:
             _log.exception("internal_error")

@@ -16,7 +16,7 @@ LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
     ("pure", "protocol routing calls health limits sessions auth turn"),
-    ("seen", "tracing logs"),
+    ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),

@@ -216,6 +216,14 @@ def test_toml_that_is_not_understood_is_refused_by_name(tree: dict[str, Any], sa
         ({"ops_port": 8080}, "ops.port = 8080: this is server.port too"),
         ({"ops_token": "a b"}, 'ops.token = "********": expected visible ASCII'),
         ({"ops_token": "secret-ü"}, 'ops.token = "********": expected visible ASCII'),
+        (
+            {"server_trusted_proxies": ("::1", "proxy")},
+            'server.trusted_proxies = ["::1", "proxy"]: "proxy" is no address or network',
+        ),
+        (
+            {"server_trusted_proxies": ("10.0.0.1/8",)},
+            'server.trusted_proxies = ["10.0.0.1/8"]: "10.0.0.1/8" is no address or network',
+        ),
     ],
 )
 def test_value_out_of_place_is_refused_by_name_value_and_cure(values: dict[str, Any], says: str) -> None:
@@ -330,7 +338,7 @@ def _other(option: Option) -> Any:
     """A usable value that is not the default."""
     if option.choices:
         return option.choices[:1] if option.is_list else next(word for word in option.choices if word != option.default)
-    known: dict[Any, Any] = {bool: not option.default, str: "/x", tuple[str, ...]: ("x",)}
+    known: dict[Any, Any] = {bool: not option.default, str: "/x", tuple[str, ...]: ("::1",)}
     return known[option.kind] if option.kind in known else 3 if option.default == "auto" else option.default + 1
 
 

@@ -243,6 +243,15 @@ def test_library_message_that_does_not_fit_its_arguments_is_shown_anyway(stream:
     assert stream.line()["message"] == "%d left"
 
 
+def test_library_that_is_diverted_is_heard_elsewhere_only(stream: Stream, caplog: pytest.LogCaptureFixture) -> None:
+    logs.configure("info", "json", stream=stream)
+    heard: list[str] = []
+    logs.divert("fastsig.test.noisy", heard.append)
+    logging.getLogger("fastsig.test.noisy").error("no %s", "answer")
+    assert heard == ["no answer"]
+    assert not stream.getvalue() and not caplog.records
+
+
 def test_configuring_again_does_not_double_lines_of_libraries(stream: Stream) -> None:
     for _ in range(3):
         logs.configure("info", "json", stream=stream)
