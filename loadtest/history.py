@@ -89,7 +89,7 @@ class History:
         panels = [Panel(what, "ms", self._lines(rows), absent="nothing yet") for what, rows in CHARTS]
         errors = [Line(code, points) for code, points in sorted(self._rates.items())]
         panels.append(Panel("Errors", "per second", errors, absent="none"))
-        subtitle = f"About the {EVERY_S:g} s before each point, in whole ms: so much, or less, was it for 50 %, for 95 %"
+        subtitle = f"About the {EVERY_S:g} s before each point, in whole ms: so much or less for 50 %, for 95 %"
         return over_time(title, subtitle, "seconds since the start", panels)
 
     def _lines(self, rows: tuple[tuple[str, str], ...]) -> list[Line]:
