@@ -58,6 +58,7 @@ _REPLAYED: Final = (
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
 _RESULTS: Final = metrics.indexes("handshakes_total")
+_BUGS: Final = metrics.index("internal_errors_total")
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
 
@@ -197,6 +198,7 @@ class Door:
         pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
     ) -> None:
         self.relay = relay
+        self.picows_log = _Silent(relay)
         self.path = path
         self.message_bytes = message_bytes
         self.pass_on = pass_on
@@ -300,6 +302,7 @@ class Handshake(asyncio.Protocol):
             self._refuse(refusal)
         except Exception:  # noqa: BLE001 (the acceptor is one of the three places that catch broadly)
             _log.exception("internal_error")
+            self._door.relay.count(_BUGS)
             self._refuse(
                 HttpError("internal", "The server failed to handle this request.", headers="Retry-After: 5\r\n")
             )
@@ -346,7 +349,7 @@ class Handshake(asyncio.Protocol):
         """The hand-over to picows. What came pipelined behind the head are frames already."""
         connection = self._connection
         websocket = WSProtocol(
-            None, None, False, lambda request: connection, _SILENT, True, None,
+            None, None, False, lambda request: connection, self._door.picows_log, True, None,
             False, 20, 20, WSAutoPingStrategy.PING_WHEN_IDLE, False, self._door.message_bytes, None, READ_BUFFER_BYTES,
         )  # fmt: skip
         websocket.connection_made(connection)
@@ -598,6 +601,9 @@ class Edge:
 class _Silent:
     """The logger that picows gets: what it says about a peer, the close code says. Its bugs are ours to hear of."""
 
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (the logging module's name)
         return False
 
@@ -609,6 +615,4 @@ class _Silent:
     def exception(self, message: str, *args: object, **kwargs: object) -> None:
         """picows met an exception that was not a protocol error."""
         _log.exception("internal_error", part="picows", what=message)
-
-
-_SILENT: Final = _Silent()
+        self._relay.count(_BUGS)
