@@ -9,8 +9,8 @@ Pure: no clock, no I/O; counts through the `Sink` that it is given. Payloads are
 once, and their shape, which is the client's own, is never parsed.
 
 Invariants: a room has one entry, which ends `WATCH_S` after its first offer; the tables of an entry are no longer than
-the messages that the relay hands out of one room; every offer that is followed is counted once, when its room is judged;
-none is where not all was handed out: only which were answered would be known.
+the messages that the relay hands out of one room; every offer that is followed is counted once, when its room is
+judged; none is where not all was handed out: only which were answered would be known.
 """
 
 import re

@@ -9,8 +9,8 @@ and reads it; a worker inherits the descriptor, maps its own slab (`open_slab`) 
 a word with one instruction. `FIRST` says where a family begins; a time is kept in nanoseconds (`Family.scale`).
 
 Invariants: a word has one writer, the slot's worker (restarts and deaths: the supervisor), so that nothing is locked
-and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word is aligned:
-a reader sees it whole, but two words of one moment need not fit together.
+and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word is
+aligned: a reader sees it whole, but two words of one moment need not fit together.
 """
 
 import math
