@@ -149,7 +149,7 @@ async def test_stats_are_json(port: Port) -> None:
         (Health(0.0, "starting", [Slot("starting", 1.0)]), 200, 503),
         (Health(0.0, "draining", [Slot("draining")]), 200, 503),
         (Health(9.0, "serving", [Slot("serving")]), 503, 200),
-        (Health(0.0, "serving", [Slot("stuck", 31.0)]), 503, 503),
+        (Health(0.0, "serving", [Slot("stuck", 41.0)]), 503, 503),
     ],
 )
 async def test_health_is_a_status(port: Port, health: Health, live: int, ready: int) -> None:
