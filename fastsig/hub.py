@@ -76,7 +76,7 @@ class _Request(NamedTuple):
 
 
 class _Tracer(Protocol):
-    """What `tracing` hears from here. Each join ends by `joined`, `refused`, `failed` or `withdrawn`, the first of them."""
+    """What `tracing` hears from here. A join ends by the first `joined`, `refused`, `failed` or `withdrawn`."""
 
     def join(self, connection: Connection, trace: str | None) -> None: ...
     def joined(self, connection: Connection) -> None: ...

@@ -68,8 +68,8 @@ EVENTS: Final[dict[str, str]] = {
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # traces
-    "spans_lost": "So many `spans` were not taken by the collector, or did not fit into the queue before it, since this was"
-    " last said, for `reason`; once a minute at most.",
+    "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"
+    " was last said, for `reason`; once a minute at most.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
     "lines_lost": "So many `lines` of this process's log were lost: whoever is to read them did not take them in time.",

@@ -6,7 +6,8 @@ a visitor read this port under a name of its own (DNS rebinding). Health without
 
 Invariants: nobody who connects holds up the server, or anybody whose request is here. A connection is one request, gone
 after `CLIENT_S`; of `SILENT` that have not sent it yet, and of `CLIENTS` that wait for their answer, the oldest makes
-room for one more; an answer is made at once, but for /debug/stats, which waits for no worker that is silent. No answer repeats anything of the request, and nothing of a stranger's reaches the log.
+room for one more; an answer is made at once, but for /debug/stats, which waits for no worker that is silent. No answer
+repeats anything of the request, and nothing of a stranger's reaches the log.
 Must not know: workers, processes, the map. Imports aiohttp (0.15 s, 13 MiB), so it is imported late, by the supervisor.
 Read `health` for what the answers mean, `exposition` for the metrics.
 """

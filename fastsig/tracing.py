@@ -10,8 +10,8 @@ hashes of the real ones, or a stranger would choose an id that is in the share. 
 so is their choice.
 
 Invariants: an attribute is from a closed set or a number of ours, never what a peer or its address is called. A
-collector that is slow or gone costs spans, which wait in a queue with an end, and nothing else; what is lost is counted.
-No peer makes spans without end: handshakes and joins have limits of their own, of errors so many a second are recorded.
+collector that is slow or gone costs spans, which wait in a queue with an end, and nothing else; all that are lost are
+counted. No peer makes spans without end: joins have a limit of their own, of errors so many a second are recorded.
 """
 
 import math
@@ -161,7 +161,7 @@ class Tracer:
             return
         left_out = self._errors.admit("error", code, self._clock())
         if left_out is not None:
-            self._error(traced, code, {"suppressed": left_out} if left_out else {})
+            self._error(traced, code, left_out)
 
     def relayed(self, type: str, size: int, began: float, ended: float) -> None:
         """A message of so many bytes was relayed between these two moments, in monotonic seconds."""
@@ -196,11 +196,13 @@ class Tracer:
         is_recorded = parent.is_sampled if self._is_trusted(peername) else self._share.has(parent.trace_id)
         return _within(_remote(parent, is_recorded=is_recorded))
 
-    def _error(self, traced: _Traced | None, code: str, attributes: dict[str, int]) -> None:
+    def _error(self, traced: _Traced | None, code: str, left_out: int) -> None:
         if traced is None:
-            span = self.span("error", _NOWHERE, code=code, **attributes)
+            span = self.span("error", _NOWHERE, code=code)
         else:
-            span = self.span("error", _within(traced.latest), connection=traced.name, code=code, **attributes)
+            span = self.span("error", _within(traced.latest), connection=traced.name, code=code)
+        if left_out:
+            span.set_attribute("fastsig.suppressed", left_out)
         span.set_status(Status(StatusCode.ERROR))
         span.end()
 

@@ -154,7 +154,7 @@ def test_openmetrics_is_given_to_who_asks_for_it(subject: Subject) -> None:
 
 @pytest.mark.parametrize(
     "accept",
-    [*(f"application/openmetrics-text; version={what}" for what in ("x", "abc", "1.0.0-x", "2.nonsense", "2.\udcff", "٢")),
+    [*(f"application/openmetrics-text; version={what}" for what in ("x", "1.0.0-x", "2.nonsense", "2.\udcff", "٢")),
      ";;;,,,", "*/*", "x" * 4000, "\udcff"],
 )  # fmt: skip
 def test_who_asks_for_nonsense_gets_text(subject: Subject, accept: str) -> None:
