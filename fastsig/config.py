@@ -110,7 +110,11 @@ class Server:
         "Folder of the socket that fastsig status asks; empty: $XDG_RUNTIME_DIR/fastsig, else a temporary one.",
         has_effect=True,
     )
-    echo_path: str = _option("", "Path that echoes, for conformance tests from loopback; empty: none.")
+    echo_path: str = _option(
+        "",
+        "Path of a WebSocket that echoes, for conformance tests; only for loopback, never through a proxy. Empty: none.",
+        has_effect=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)

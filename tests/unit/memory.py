@@ -16,7 +16,7 @@ from fastsig._relay import Connection, Relay, Room
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
 from fastsig.config import Limits
-from fastsig.connection import Discard, Door, Handshake
+from fastsig.connection import Discard, Door, Handshake, new_websocket
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
 
@@ -69,12 +69,13 @@ class Transport:
         self.sent = bytearray()
         self.sends = 0
         self.accepts: int | None = None
+        self.peername: object = None
         self.protocol = protocol
         self.is_shut = self.is_gone = self.is_paused = False
         self._host = host
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        return default
+        return self.peername if name == "peername" else default
 
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
@@ -122,6 +123,9 @@ class Edge:
     def discard(self, connection: Connection) -> None:
         connection.transport.set_protocol(Discard(connection))
 
+    def renew(self, connection: Connection) -> None:
+        connection.transport.set_protocol(new_websocket(connection))
+
     def linger(self, connection: Connection) -> None:
         connection.transport.write_eof()
 
@@ -152,7 +156,7 @@ class Host:
         self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
-        self.door = Door(self.relay, path="/ws", message_bytes=self.limits.message_bytes)
+        self.door = Door(self.relay, path="/ws", echo_path="/echo")
 
     def _make_id(self) -> str:
         self.made_ids += 1
