@@ -215,13 +215,15 @@ class Host:
     def on_lost(self, link: Link) -> None:
         self.hub.on_lost(link)
 
-    def accept(self) -> "Client":
+    def accept(self, *, peername: object = None) -> "Client":
         """A TCP connection, nothing sent yet."""
-        return Client(self)
-
-    def connect(self, target: str = "/ws") -> "Client":
-        """A WebSocket, nothing sent yet."""
         client = Client(self)
+        client.transport.peername = peername
+        return client
+
+    def connect(self, target: str = "/ws", *, peername: object = None) -> "Client":
+        """A WebSocket, nothing sent yet."""
+        client = self.accept(peername=peername)
         client.feed(HEAD.format(target=target).encode())
         answer = client.take_bytes()
         assert answer.startswith(b"HTTP/1.1 101 "), answer
@@ -266,8 +268,7 @@ class Client:
 
     def feed_at_once(self, data: bytes) -> None:
         """These bytes arrive in one read, where the buffer has room for them; then the loop runs."""
-        room = self.transport.protocol.get_buffer(-1)
-        assert len(data) <= len(room) or not self.grow(len(data)), "the read buffer is too small for this test"
+        assert len(data) <= self.buffer_bytes or not self.grow(len(data)), "the read buffer is too small for this test"
         room = self.transport.protocol.get_buffer(-1)
         room[: len(data)] = data
         self.transport.protocol.buffer_updated(len(data))
@@ -275,9 +276,14 @@ class Client:
 
     def grow(self, size: int) -> bool:
         """Make picows' read buffer hold `size` bytes, by pongs. True when it does not."""
-        while len(self.transport.protocol.get_buffer(-1)) < size:
-            self.feed(frame(PONG) * (len(self.transport.protocol.get_buffer(-1)) // 6 + 1))
+        while self.buffer_bytes < size:
+            self.feed(frame(PONG) * (self.buffer_bytes // 6 + 1))
         return False
+
+    @property
+    def buffer_bytes(self) -> int:
+        """How much picows' read buffer has room for."""
+        return len(self.transport.protocol.get_buffer(-1))
 
     def say(self, text: str | None = None, /, **message: Any) -> None:
         """Send one message, given as text or as fields."""
