@@ -41,7 +41,6 @@ from libc.string cimport memcmp, memcpy, memmove
 from picows.picows cimport WSFrame, WSListener, WSMsgType, WSTransport
 
 import os
-from collections import deque
 
 import picows
 
@@ -158,7 +157,7 @@ cdef enum:
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
     MAX_NAMED = 32          # recipients in an error for a broadcast, as many as a list may have
-    WAITING_EACH = 64       # what a message costs besides its bytes
+    WAITING_HEAD = 4        # the length of a message that waits, before it
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
     LARGE_INPUT = 16384     # picows' read buffer, when this much was in it, is given up for a new one ...
     SMALL_INPUT = 8192      # ... once a ping period needed less than this
@@ -605,8 +604,8 @@ cdef class Connection(WSListener):
     cdef size_t input_size            # the same since that buffer was new
     cdef bint is_oversized            # it is much larger than what was needed lately
     cdef Diversion diverted
-    cdef object waiting               # a deque of messages; None: there was never one
-    cdef size_t waiting_size
+    cdef char *waiting                # messages, each behind its length: [waiting_from, waiting_to); NULL: none
+    cdef size_t waiting_from, waiting_to, waiting_size
     cdef bint is_paused               # not read: more than WAITING_BYTES wait
     # time (monotonic seconds)
     cdef double deadline              # when the wheel brings this connection up
@@ -630,6 +629,7 @@ cdef class Connection(WSListener):
         self._unlink()
         free(self.out)
         free(self.parts)
+        free(self.waiting)
 
     # ---- life
 
@@ -710,14 +710,13 @@ cdef class Connection(WSListener):
         cdef bytes text
         self.diverted = RELAY
         try:
-            while self.waiting and self.diverted == RELAY and self.state == OPEN:
-                text = self.waiting.popleft()
-                self.waiting_size -= PyBytes_GET_SIZE(text) + WAITING_EACH
+            while self.waiting != NULL and self.diverted == RELAY and self.state == OPEN:
+                text = self._take_kept()
                 self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), False)
         except Exception:
             self.relay.on_bug(self)
             self.fail(1011)
-        if self.is_paused and self.waiting_size <= WAITING_BYTES:
+        if self.is_paused and self.waiting_to - self.waiting_from <= WAITING_BYTES:
             self._unpause()
 
     cdef int _divert(self, const char *p, size_t n, bint is_utf8) except -1:
@@ -730,14 +729,42 @@ cdef class Connection(WSListener):
 
     cdef int _keep(self, const char *p, size_t n) except -1:
         """A message for later. What was read already is kept, whatever the bound; no more is read above it."""
-        if self.waiting is None:
-            self.waiting = deque()
-        self.waiting.append(p[:n])
-        self.waiting_size += n + WAITING_EACH
-        if self.waiting_size > WAITING_BYTES and not self.is_paused:
+        cdef uint32_t length = <uint32_t>n
+        cdef size_t kept = self.waiting_to - self.waiting_from
+        cdef char *new
+        if self.waiting_from:
+            memmove(self.waiting, self.waiting + self.waiting_from, kept)
+            self.waiting_from = 0
+            self.waiting_to = kept
+        if kept + WAITING_HEAD + n > self.waiting_size:
+            new = <char *>realloc(self.waiting, max(kept + WAITING_HEAD + n, 2 * self.waiting_size))
+            if new == NULL:
+                raise MemoryError
+            self.waiting = new
+            self.waiting_size = max(kept + WAITING_HEAD + n, 2 * self.waiting_size)
+        new = put(self.waiting + kept, <const char *>&length, WAITING_HEAD)
+        self.waiting_to = put(new, p, n) - self.waiting
+        if self.waiting_to > WAITING_BYTES and not self.is_paused:
             self.is_paused = True
             self.relay.edge.pause(self)
         return 0
+
+    cdef bytes _take_kept(self):
+        """The oldest message that waits; a copy, since what it leads to may end all that is here."""
+        cdef uint32_t length
+        cdef bytes text
+        memcpy(&length, self.waiting + self.waiting_from, WAITING_HEAD)
+        self.waiting_from += WAITING_HEAD
+        text = self.waiting[self.waiting_from:self.waiting_from + length]
+        self.waiting_from += length
+        if self.waiting_from == self.waiting_to:
+            self._forget_kept()
+        return text
+
+    cdef void _forget_kept(self) noexcept:
+        free(self.waiting)
+        self.waiting = NULL
+        self.waiting_from = self.waiting_to = self.waiting_size = 0
 
     cdef int _unpause(self) except -1:
         if self.is_paused:
@@ -773,7 +800,7 @@ cdef class Connection(WSListener):
         self.sink = None
         self.context = None
         self.trace = None
-        self.waiting = None
+        self._forget_kept()
         self.diverted = RELAY
         self.is_paused = False
         return 0
@@ -847,9 +874,11 @@ cdef class Connection(WSListener):
 
     def send(self, bytes text not None):
         """Append one text message. Sent at the end of the loop turn."""
+        cdef const char *p = PyBytes_AS_STRING(text)
+        cdef size_t n = PyBytes_GET_SIZE(text)
         if self.state == OPEN:
-            self.relay._count_sent(sent_type(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text)), PyBytes_GET_SIZE(text), 1)
-        self._frame(WSMsgType.TEXT, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+            self.relay._count_sent(sent_type(p, n), n, 1)
+        self._frame(WSMsgType.TEXT, p, n)
 
     def send_raw(self, bytes data not None):
         """Append bytes as they are: the HTTP answer."""
@@ -1194,13 +1223,16 @@ cdef class Connection(WSListener):
     cdef int _assembled(self) except -1:
         """The last fragment came."""
         cdef char *message = self.parts
+        cdef const char *text = message
         cdef size_t n = self.parts_used
+        if text == NULL:  # all fragments were empty
+            text = b""
         self.parts = NULL
         self.parts_count = self.parts_size = self.parts_used = 0
         try:
             if self.parts_type == WSMsgType.BINARY:
-                return self._frame(WSMsgType.BINARY, message, n)
-            return self.relay.receive(self, message, n, True)
+                return self._frame(WSMsgType.BINARY, text, n)
+            return self.relay.receive(self, text, n, True)
         finally:
             free(message)
 
@@ -1750,8 +1782,8 @@ cdef class Relay:
     goes while a join is undecided, `withdraw(connection)` when only that join is given up, `receive_word(neighbour,
     word)` for what another worker says about members. `edge` gives `block(connection)` and `unblock(connection)` (watch
     its socket for room), `pause(connection)` and `resume(connection)` (reading), `discard(connection)` (nothing that it
-    sends is read any more), `renew(connection)` (picows is to begin anew, with a small buffer), `linger(connection)` (its
-    last frame is out), `drop(transport)`.
+    sends is read any more), `renew(connection)` (picows begins anew, with a small buffer), `linger(connection)` (its last
+    frame is out), `drop(transport)`.
     `relayed(type, bytes, began, ended)` is told of a message that is traced, once it is out.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.

@@ -112,7 +112,7 @@ class Server:
     )
     echo_path: str = _option(
         "",
-        "Path of a WebSocket that echoes, for conformance tests; only for loopback, never through a proxy. Empty: none.",
+        "Path of a WebSocket that echoes, for conformance tests: only to loopback, through no proxy; empty: none.",
         has_effect=True,
     )
 

@@ -97,7 +97,7 @@ def main() -> int:
     cases = parser.parse_args().cases
     python = python2()
     if python is None:
-        print("fastsig: no Python 2.7, which the suite needs: pyenv install 2.7.18, or PYTHON2=its path", file=sys.stderr)
+        print("fastsig: the suite needs Python 2.7: pyenv install 2.7.18, or PYTHON2=where it is", file=sys.stderr)
         return NO_PYTHON2
     program = suite(python)
     with tempfile.TemporaryDirectory(prefix="fastsig-conformance-") as folder:

@@ -254,6 +254,7 @@ BROKEN = {
     "unknown control opcode": (frame(11, ""), 1002),
     "continuation of nothing": (frame(0, "{}"), 1002),
     "new message inside a message": (frame(TEXT, "{", fin=False) + frame(TEXT, "}"), 1002),
+    "close code 1": (frame(CLOSE, b"\x00\x01"), 1002),
     "fragmented ping": (frame(PING, "", fin=False), 1002),
     "long ping": (frame(PING, "x" * 126), 1002),
     "binary frame": (frame(BINARY, b"{}"), 1003),
