@@ -1783,8 +1783,8 @@ cdef class Relay:
     goes while a join is undecided, `withdraw(connection)` when only that join is given up, `receive_word(neighbour,
     word)` for what another worker says about members. `edge` gives `block(connection)` and `unblock(connection)` (watch
     its socket for room), `pause(connection)` and `resume(connection)` (reading), `discard(connection)` (nothing that it
-    sends is read any more), `renew(connection)` (picows begins anew, with a small buffer), `linger(connection)` (its last
-    frame is out), `drop(transport)`.
+    sends is read any more), `renew(connection)` (picows begins anew, with a small buffer), `linger(connection)` (its
+    last frame is out), `drop(transport)`.
     `relayed(type, bytes, began, ended)` is told of a message that is traced, once it is out.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.

@@ -41,7 +41,7 @@ _log = logs.get("fastsig.connection")
 HEAD_BYTES: Final = 16384
 HEADERS: Final = 128
 # What the kernel keeps unread per connection, set on listening sockets. It bounds what one read loop takes, and so what
-# picows' buffer grows to and keeps: 2.3 MiB per connection after a burst with the kernel's default, 0.1 MiB with this.
+# picows' buffer grows to (until `Edge.renew`): 2.3 MiB per connection after a burst with the kernel's default, 0.1 so.
 RECEIVE_BYTES: Final = 65536
 ACCEPTS_PER_TURN: Final = 32
 SPARE_DESCRIPTORS: Final = 64  # for links, full sockets that are watched, connections that are passed on

@@ -1,4 +1,5 @@
-"""picows' read buffers become small again, while bytes keep coming: real sockets, a loop in this process, fake time."""
+"""The edge with real sockets, in a loop in this process, under fake time: endings that are heard, and read buffers that
+become small again while bytes keep coming."""
 
 import asyncio
 import socket
@@ -12,7 +13,7 @@ from fastsig._relay import Connection, Relay
 from fastsig.config import Limits
 from fastsig.connection import Door, Edge
 from fastsig.hub import Hub
-from tests.unit.memory import HEAD, PING, PONG, TEXT, frame
+from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
 PING_S = 25.0
 SMALL = 2048
@@ -52,6 +53,7 @@ class Node:
         self.door.serve(accepted.detach())
 
     async def start(self) -> None:
+        """The handshake."""
         await self.send(HEAD.format(target="/echo").encode())
         answer = b""
         while b"\r\n\r\n" not in answer:
@@ -70,6 +72,13 @@ class Node:
             assert part, "the connection ended"
             got += part
         assert got == wanted
+
+    async def read_all(self) -> bytes:
+        """What comes until the server has nothing more to say. Raises ConnectionResetError when it is cut off."""
+        got = b""
+        while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.client, 1 << 20), 10):
+            got += part
+        return got
 
     async def ping(self) -> None:
         """A ping period is over."""
@@ -104,13 +113,51 @@ class Node:
 
 
 @pytest.fixture
-async def node() -> AsyncIterator[Node]:
+async def stranger() -> AsyncIterator[Node]:
+    """A TCP connection, nothing sent yet."""
     node = Node()
-    await node.start()
     yield node
     node.client.close()
     while node.relay.connections:  # noqa: ASYNC110 # the loop reads the end of it
         await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def node(stranger: Node) -> Node:
+    """A WebSocket to the echo."""
+    await stranger.start()
+    return stranger
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        (frame(3, "{}"), 1002),
+        (frame(TEXT, b"\xff"), 1007),
+        (frame(TEXT, b"x" * 65537), 1009),
+        (frame(CLOSE, b"\x03\xe8") + b"x", 1000),
+    ],
+)
+async def test_peer_that_talks_on_behind_its_end_hears_all_that_was_said_before(
+    node: Node, last: bytes, code: int
+) -> None:
+    """Closing a socket with unread bytes resets the connection, and the reset overtakes what the peer has not read."""
+    await node.send(frame(TEXT, "before") + last)
+    for _ in range(20):
+        await node.send(b"x" * 65536)
+    assert await node.read_all() == b"".join((
+        frame(TEXT, "before", masked=False), frame(CLOSE, code.to_bytes(2, "big"), masked=False),
+    ))  # fmt: skip
+
+
+async def test_client_that_goes_on_sending_behind_a_refused_request_reads_the_whole_refusal(stranger: Node) -> None:
+    await stranger.send(b"POST /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 1310720\r\n\r\n")
+    for _ in range(20):
+        await stranger.send(b"x" * 65536)
+    head, _, body = (await stranger.read_all()).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    assert b"Content-Length: %d\r\n" % len(body) in head
+    assert body.startswith(b'{"type":"error"')
 
 
 async def test_buffer_is_small_again_two_ping_periods_after_a_large_message(node: Node) -> None:
