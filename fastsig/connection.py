@@ -32,7 +32,7 @@ from picows import WSAutoPingStrategy
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its stub, yet what api.py builds on
 
 from . import logs, metrics
-from ._relay import Connection, Relay
+from ._relay import Connection, Relay, trim
 from .errors import HttpError
 from .protocol import SUBPROTOCOL
 
@@ -46,6 +46,9 @@ RECEIVE_BYTES: Final = 65536
 ACCEPTS_PER_TURN: Final = 32
 SPARE_DESCRIPTORS: Final = 64  # for links, full sockets that are watched, connections that are passed on
 REST_S: Final = 0.1
+# From the first read buffer that is given up to when the system gets the memory of all back: 0.1 ms per MiB, and what
+# it got back is not looked at again.
+TRIM_S: Final = 10.0
 READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -572,6 +575,7 @@ class Edge:
         # A duplicate descriptor each, since uvloop watches no transport's own; -1 where there was none to be had.
         self._watched: dict[Connection, int] = {}
         self._unwatched = 0
+        self._is_trimming = False
 
     def block(self, connection: Connection) -> None:
         """Call `connection.writable()` whenever its socket takes bytes, until `unblock`."""
@@ -619,6 +623,13 @@ class Edge:
         """Let picows begin anew. It may be in the midst of a read: the old protocol gets nothing more, and the loop
         holds it until it returns."""
         connection.transport.set_protocol(new_websocket(connection))
+        if not self._is_trimming:
+            self._is_trimming = True
+            self._loop.call_later(TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        self._is_trimming = False
+        trim()
 
     def linger(self, connection: Connection) -> None:
         """The last byte is with the kernel: say so (FIN) and wait for the peer's; the wheel ends it in 2 s."""

@@ -171,6 +171,20 @@ async def test_buffer_is_small_again_two_ping_periods_after_a_large_message(node
         assert node.buffer_bytes <= SMALL
 
 
+async def test_memory_of_buffers_that_were_given_up_goes_back_to_the_system(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trimmed = asyncio.Event()
+    monkeypatch.setattr("fastsig.connection.TRIM_S", 0.0)
+    monkeypatch.setattr("fastsig.connection.trim", trimmed.set)
+    for round_ in (1, 2):
+        await node.grow()
+        assert not trimmed.is_set()
+        await node.pong(round_)
+        await asyncio.wait_for(trimmed.wait(), 10)
+        trimmed.clear()
+
+
 async def test_buffer_in_use_is_kept(node: Node) -> None:
     for _ in range(4):
         await node.send(frame(TEXT, b"x" * 30_000))
