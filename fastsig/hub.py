@@ -80,11 +80,12 @@ class _Request(NamedTuple):
 
 
 class _Tracer(Protocol):
-    """What `tracing` hears from here. Each join ends by `joined`, `refused` or `withdrawn`."""
+    """What `tracing` hears from here. A join ends by the first `joined`, `refused`, `failed` or `withdrawn`."""
 
     def join(self, connection: Connection, trace: str | None) -> None: ...
     def joined(self, connection: Connection) -> None: ...
     def withdrawn(self, connection: Connection) -> None: ...
+    def failed(self, connection: Connection) -> None: ...
     def refused(self, connection: Connection | None, code: str) -> None: ...
     def relayed(self, type: str, size: int, began: float, ended: float) -> None: ...
 
@@ -213,8 +214,8 @@ class Hub:
         number = self._asking.get(connection)
         if number is not None:
             self._withdraw(number)
-            if self.tracer is not None:
-                self.tracer.withdrawn(connection)
+        if self.tracer is not None:
+            self.tracer.withdrawn(connection)
 
     def report_bug(self, connection: Connection | None) -> None:
         """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone.
@@ -226,6 +227,8 @@ class Hub:
             _log.exception("internal_error")
         else:
             _log.exception("internal_error", connection=self._name(connection), peer=connection.peer)
+            if self.tracer is not None:
+                self.tracer.failed(connection)
 
     def relayed(self, type: str, size: int, began: float, ended: float) -> None:
         """A relay that was picked for a trace: so many bytes, and when, in monotonic seconds."""
