@@ -372,7 +372,7 @@ async def test_bug_in_a_request_is_answered_with_503_and_counted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     host = Host()
-    monkeypatch.setattr(host.door, "answer", lambda head: 1 / 0)
+    monkeypatch.setattr(host.door, "answer", lambda *_: 1 / 0)
     client = host.accept()
     client.feed(HEAD.format(target="/ws").encode())
     assert client.take_bytes().startswith(b"HTTP/1.1 503 ") and client.is_shut()
@@ -383,8 +383,8 @@ async def test_bug_in_a_request_is_answered_with_503_and_counted(
 
 async def test_bug_that_picows_met_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
     host = Host()
-    log = picows_log(host.relay)
-    log.exception("a bug in %s", "picows")
-    log.warning("a peer's mistake")
+    said = picows_log(host.relay)
+    said.exception("a bug in %s", "picows")
+    said.warning("a peer's mistake")
     assert "part=picows" in capsys.readouterr().err
     assert host.counted() == {"internal_errors_total": 1}
