@@ -141,6 +141,7 @@ cdef enum:
     FLUSH_ABOVE = 65536     # a buffer longer than this does not wait for the end of the turn
     FLUSHES_PER_TURN = 1024  # then other peers' input gets its chance
     OVERDRAFT = 33554432    # bytes of one worker above the limits for slow readers
+    OVERDRAFT_EACH = 16777216  # of one connection
     MAX_FRAGMENTS = 4096    # per message: empty fragments would cost CPU for ever
     ROOMY_HEADER = 10       # the longest header of a frame that a server sends (RFC 6455 §5.2)
     MASK_BYTES = 4          # a client's frames have them too
@@ -961,7 +962,8 @@ cdef class Connection(WSListener):
 
         A burst is not a slow reader: 300 peers that each send 16 offers to one that reads queue 12 MB within one turn,
         and the kernel takes 3 of them before the reader has had any time at all. So a connection may stay above the
-        limit for `OVER_S`, as long as all of this worker together stay below `OVERDRAFT`; then it is closed."""
+        limit for `OVER_S`, as long as it stays below `OVERDRAFT_EACH` and all of this worker together below `OVERDRAFT`;
+        then it is closed."""
         self.relay.overdraft += over - self.overdraft
         self.overdraft = over
         if not over:
@@ -970,7 +972,7 @@ cdef class Connection(WSListener):
             if not self.over_since:
                 self.over_since = self.relay.clock()
                 self.relay.overdrawn.add(self)
-            if self.relay.overdraft > OVERDRAFT:
+            if over > OVERDRAFT_EACH or self.relay.overdraft > OVERDRAFT:
                 self.relay._doom(self, 4003)
         return 0
 

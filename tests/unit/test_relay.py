@@ -370,6 +370,14 @@ async def test_all_slow_readers_together_may_owe_no_more_than_the_worker_grants(
     assert sum(waiting) < (32 + 40 * 0.2) * (1 << 20)
 
 
+async def test_one_slow_reader_alone_does_not_take_all_that_the_worker_grants(host: Host) -> None:
+    slow, b = host.join("slow"), host.join("b")
+    slow.transport.accepts = 0
+    for _ in range(500):
+        b.say(type="message", room="r", payload="x" * 60000)
+    assert all(connection.waiting_bytes < 18 << 20 for connection in host.relay.all_connections())
+
+
 # ---- time
 
 
