@@ -52,9 +52,9 @@ _CROWDS: Final = f"""\
 
 ## Crowds: what a connection pins
 
-Each on a server of its own, by {memory.CROWD} offenders, as fast as they can; so the pair's figures are those of a crowd
-that floods. What N bytes of one of them pin may be 4 N + 128 KiB, and `limits.output_bytes` (1 MiB) beyond, for output
-that it does not read.
+Each on a server of its own, by {memory.CROWD} offenders, as fast as they can; so the pair's figures are those of a
+crowd that floods. What N bytes of one of them pin may be 4 N + 128 KiB, and `limits.output_bytes` (1 MiB) beyond,
+for output that it does not read.
 
 """
 
@@ -62,7 +62,7 @@ that it does not read.
 def row(finding: Finding) -> str:
     trips = finding.trips
     return (
-        f"| {finding.offence} | {finding.gets} | {trips.count} | {trips.median_ms:.1f} | {trips.worst_ms:.1f}"
+        f"| {finding.offence} | {finding.gets} | {trips.number} | {trips.median_ms:.1f} | {trips.worst_ms:.1f}"
         f" | {finding.rose_mib:+.1f} | {finding.took_s:.1f} |\n"
     )
 

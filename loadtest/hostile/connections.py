@@ -192,7 +192,7 @@ def descriptors_run_out(scene: Scene) -> str:
     assert lines_per_s <= 10, f"{lines_per_s} lines/s"
     return (
         f"{served} of {MANY} served, {spare} descriptors spare; {share:.1%} CPU, {lines_per_s:.1f} log lines/s"
-        f" meanwhile; the rest served {resumed_s:.1f} s after 200 left; a pair on that server: worst {trips.worst_ms} ms"
+        f" meanwhile; the rest served {resumed_s:.1f} s after 200 left; the pair there: worst {trips.worst_ms} ms"
     )
 
 

@@ -48,11 +48,9 @@ class Pinned(NamedTuple):
         return f"{self.sent / KIB:,.1f} KiB sent pin {self.pinned / KIB:,.1f} KiB"
 
 
-def _measure(
-    scene: Scene, offend: Callable[[Offender], int], *, receive_bytes: int = 0, room: str | None = None
-) -> Pinned:
+def _measure(scene: Scene, offend: Callable[[Offender], int]) -> Pinned:
     """`offend` says how many bytes it has sent; the longest counts."""
-    with scene.crowd(scene.count(CROWD, SHORT_CROWD), room=room, receive_bytes=receive_bytes) as crowd:
+    with scene.crowd(scene.count(CROWD, SHORT_CROWD)) as crowd:
         before = scene.memory()
         sent = max([offend(one) for one in crowd])
         return Pinned(sent, (scene.memory() - before) / len(crowd))
@@ -131,7 +129,7 @@ def join_storm(scene: Scene) -> str:
 
 
 def one_gibibyte(scene: Scene) -> str:
-    """A header that declares it. `close 1009`, whatever follows; and one that declares 64 KiB, of which nothing comes."""
+    """A header that declares it. `close 1009`. And one that declares 64 KiB, of which nothing comes."""
 
     def too_long(one: Offender) -> int:
         one.send(b"\x81\xff" + (1 << 30).to_bytes(8, "big") + b"mask")
@@ -173,7 +171,7 @@ def behind_a_join(scene: Scene) -> str:
     `scene` is another server, and not touched; here are two workers. Many small messages cost more than few long ones.
     """
     found = []
-    for text in ("{}", '{"type":"x-a","room":"r","payload":"' + "x" * 400 + '"}'):
+    for text in ("{}", '{"type":"x-a","room":"r","payload":"' + "x" * 400 + '"}')[: scene.count(2, 1)]:
         with tempfile.TemporaryDirectory(prefix="fastsig-hostile-") as folder, contextlib.ExitStack() as stack:
             server = Server("--workers", "2", cwd=Path(folder))
             stack.callback(server.stop)

@@ -8,7 +8,7 @@ import json
 import socket
 import struct
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
@@ -32,7 +32,7 @@ class Offender:
             answer = self.read_head()
             assert answer.startswith(b"HTTP/1.1 101 "), answer
 
-    def __enter__(self) -> "Offender":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -88,7 +88,7 @@ class Offender:
         """The same with the messages."""
         with contextlib.suppress(OSError):
             self.say(type="ping", id="behind everything")
-        found = []
+        found: list[tuple[str, dict[str, Any]]] = []
         while True:
             word, message = self.hear()
             if word == "pong" and message.get("id") == "behind everything":

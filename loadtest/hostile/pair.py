@@ -1,7 +1,7 @@
 """Two healthy peers in a process of their own, which throw a message to each other all the time.
 
-`Pair` starts the process, `python -m loadtest.hostile.pair PORT`, and asks it. A message goes every `EVERY_S`, less often
-than the limits of one connection allow, or as soon as the one before it is back: of a stall as much is seen, less
+`Pair` starts the process, `python -m loadtest.hostile.pair PORT`, and asks it. A message goes every `EVERY_S`, less
+often than the limits of one connection allow, or as soon as the one before it is back: of a stall all is seen but
 `EVERY_S` at most. Whatever is not the expected message ends the process, which fails the run.
 """
 
@@ -26,7 +26,7 @@ ROOT: Final = Path(__file__).parent.parent.parent
 class Trips(NamedTuple):
     """Round trips since the last time somebody asked: A to B and back, two relays."""
 
-    count: int
+    number: int
     median_ms: float
     worst_ms: float
 
@@ -46,7 +46,8 @@ class Pair:
 
     def ask(self) -> Trips:
         """The trips since the last call. A pair that has ended could not talk: that is a failure."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.write("\n")
             self._process.stdin.flush()
