@@ -4,6 +4,7 @@ import contextlib
 import json
 import resource
 import select
+import socket
 import tempfile
 import time
 from pathlib import Path
@@ -164,6 +165,47 @@ def come_and_go(scene: Scene) -> str:
     scene.at_rest()
     assert took_s < 60, f"{count} took {took_s:.0f} s"
     return f"{count:,} served in {took_s:.1f} s; no descriptor is left"
+
+
+def half_closed(scene: Scene) -> str:
+    """FIN, and nothing after it: before the handshake, in the middle of it, as a member, and inside a frame."""
+    count = scene.count(100, 10)
+    beginnings = (b"", REQUEST[:40], REQUEST, REQUEST + frame(TEXT, '{"type":"join","room":"half"}')[:20])
+    offenders = [Offender(scene.port, is_shaken=False) for _ in range(count) for _ in beginnings]
+    for number, offender in enumerate(offenders):
+        offender.send(beginnings[number % len(beginnings)])
+        offender.socket.shutdown(socket.SHUT_WR)
+    for offender in offenders:
+        offender.read_all()
+    scene.at_rest()
+    for offender in offenders:
+        offender.socket.close()
+    return f"the end, {len(offenders)} at once; no descriptor is left in CLOSE_WAIT"
+
+
+def numbers_used_again(scene: Scene) -> str:
+    """Slow readers end while output waits for them; newcomers get their descriptors' numbers and nothing else."""
+    rounds = scene.count(40, 8)
+    text = frame(TEXT, '{"type":"message","room":"again","payload":"' + "x" * 60000 + '"}')
+    for number in range(rounds):
+        with contextlib.ExitStack() as stack:
+            speaker = stack.enter_context(Offender(scene.port))
+            speaker.join("again", "speaker")
+            slow = [stack.enter_context(Offender(scene.port, receive_bytes=4096)) for _ in range(10)]
+            for place, one in enumerate(slow):
+                one.join("again", f"slow-{place}")
+            speaker.send(text * 40)
+            speaker.pong()
+            for one in slow:
+                one.reset()
+            speaker.send(text)
+            newcomers = [stack.enter_context(Offender(scene.port)) for _ in slow]
+            for place, one in enumerate(newcomers):
+                one.join(f"new-{number}-{place}", "n")
+                speaker.send(text)
+            for one in newcomers:
+                assert one.answers() == []
+    return f"{10 * rounds} newcomers heard nothing but their own answers"
 
 
 def descriptors_run_out(scene: Scene) -> str:

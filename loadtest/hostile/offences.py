@@ -22,6 +22,8 @@ OFFENCES: Final[dict[str, Callable[[Scene], str]]] = {
     "a reader that stops while 64 MB are sent to it": connections.reader_that_stops,
     "RST in the middle of a frame": connections.reset_in_a_frame,
     "connect and disconnect": connections.come_and_go,
+    "half-closed connections": connections.half_closed,
+    "descriptors that are used again": connections.numbers_used_again,
     "600 connections at 512 descriptors": connections.descriptors_run_out,
 }
 MEMORY: Final[dict[str, Callable[[Scene], str]]] = {

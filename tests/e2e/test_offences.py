@@ -31,14 +31,16 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
 
 
 @pytest.mark.parametrize("name", OFFENCES)
-def test_offender_gets_its_answer_and_the_pair_beside_it_loses_nothing(scene: Scene, name: str) -> None:
+def test_offence_costs_its_sender_only(scene: Scene, name: str) -> None:
+    """The offender gets exactly what it should, and the pair loses nothing."""
     finding = scene.commit(name, OFFENCES[name])
     assert finding.trips.number >= 1
     assert finding.trips.worst_ms < 1000 * WORST_S
 
 
 @pytest.mark.parametrize("name", MEMORY)
-def test_input_pins_no_more_than_four_times_itself_and_a_little(serve: Callable[..., Server], name: str) -> None:
+def test_input_pins_little(serve: Callable[..., Server], name: str) -> None:
+    """N bytes: at most 4 N + 128 KiB, beyond `limits.output_bytes`."""
     scene = Scene(serve(), is_long=False)
     finding = scene.commit(name, MEMORY[name])
     assert finding.trips.worst_ms < 1000 * WORST_S
