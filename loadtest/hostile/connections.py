@@ -21,6 +21,7 @@ HANDSHAKE_S: Final = 10.0  # PROTOCOL §4
 DESCRIPTORS: Final = 512
 MANY: Final = 600  # connections, at a limit of DESCRIPTORS
 OUTPUT_MIB: Final = 24  # by how much a reader that stops may make the worker grow
+FLOOD_BYTES: Final = 262144  # what is given to the kernel at once
 STOPPED_READER_MIB: Final = 64  # that are sent to it
 
 
@@ -104,6 +105,7 @@ def dribble(scene: Scene) -> str:
 
 def ping_flood(scene: Scene) -> str:
     """Pings as fast as they go, by one that does not read the pongs."""
+    scene.at_rest()
     slow, base = scene.closed_with(4003), scene.memory()
     with Offender(scene.port, receive_bytes=4096) as offender:
         offender.join("floods", "f")
@@ -114,8 +116,25 @@ def ping_flood(scene: Scene) -> str:
     return f"`close 4003`, and the end: the server took {sent / MIB:.0f} MiB of it; RSS rose by {rose:.1f} MiB"
 
 
+def flood(scene: Scene, *texts: str, by: int = 1) -> str:
+    """These messages again and again as fast as they go, by members of one room who read all answers."""
+    data = b"".join(frame(TEXT, text) for text in texts)
+    data *= FLOOD_BYTES // len(data)
+    with scene.crowd(by, room="flood") as crowd:
+        handled, began = scene.counter("received_messages_total"), time.monotonic()
+        for one in crowd:
+            one.socket.setblocking(False)
+        while time.monotonic() < began + scene.count(3, 1):
+            for one in crowd:
+                one.push(data)
+        took_s = time.monotonic() - began
+        handled = scene.counter("received_messages_total") - handled
+    return f"its answers; {handled / took_s:,.0f} messages/s handled"
+
+
 def reader_that_stops(scene: Scene) -> str:
     """Messages for one that does not read; the speaker is answered the whole time."""
+    scene.at_rest()
     closed, base = scene.closed_with(4003), scene.memory()
     peak = base
     text = frame(TEXT, '{"type":"message","room":"slow","recipient":"slow","payload":"' + "x" * 65000 + '"}')
@@ -129,7 +148,7 @@ def reader_that_stops(scene: Scene) -> str:
             answers.update(speaker.answers())
             peak = max(peak, scene.memory())
     assert answers == {"peer-left", "peer_unavailable"}, answers
-    assert scene.closed_with(4003) == closed + 1
+    until(lambda: scene.closed_with(4003) == closed + 1, "it is not closed 4003")
     rose = (peak - base) / MIB
     assert rose < OUTPUT_MIB, f"{rose:.1f} MiB"
     return f"`close 4003`; RSS rose by {rose:.1f} MiB at most"

@@ -10,6 +10,17 @@ from typing import Final
 from . import connections, memory, messages
 from .scene import Scene
 
+_FLOODS: Final = {
+    "`ping` messages": ['{"type":"ping"}'],
+    "`join` and `leave`": ['{"type":"join","room":"j"}', '{"type":"leave","room":"j"}'],
+    "messages to nobody": ['{"type":"message","room":"flood","recipient":"nobody"}'],
+}
+
+
+def _flood(texts: list[str], scene: Scene, *, by: int = 1) -> str:
+    return connections.flood(scene, *texts, by=by)
+
+
 REPEATED_S: Final = 1.0  # what is over sooner is done again, so that the pair has a chance to notice
 OFFENCES: Final[dict[str, Callable[[Scene], str]]] = {
     **{name: partial(messages.commit, cases=cases) for name, cases in messages.GROUPS.items()},
@@ -19,6 +30,7 @@ OFFENCES: Final[dict[str, Callable[[Scene], str]]] = {
     "half-open handshakes": connections.half_open,
     "1-byte dribble": connections.dribble,
     "ping flood, pongs unread": connections.ping_flood,
+    **{f"a flood of {name}": partial(_flood, texts) for name, texts in _FLOODS.items()},
     "a reader that stops while 64 MB are sent to it": connections.reader_that_stops,
     "RST in the middle of a frame": connections.reset_in_a_frame,
     "connect and disconnect": connections.come_and_go,
@@ -36,4 +48,9 @@ MEMORY: Final[dict[str, Callable[[Scene], str]]] = {
     "memory: behind an undecided join": memory.behind_a_join,
     "memory: pings, and pongs unread": memory.pings_unread,
     "memory: messages unread": memory.reads_nothing,
+}
+CROWD: Final = 40
+# What the limits of rate are for, which have no effect yet: recorded, and held to nothing but that all is well again.
+UNLIMITED: Final[dict[str, Callable[[Scene], str]]] = {
+    f"{CROWD} peers: a flood of {name}": partial(_flood, texts, by=CROWD) for name, texts in _FLOODS.items()
 }

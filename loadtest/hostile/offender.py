@@ -27,6 +27,7 @@ class Offender:
         self.socket.connect(("127.0.0.1", port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""
+        self._unsent = b""
         if is_shaken:
             self.send(HEAD.format(target="/ws").encode())
             answer = self.read_head()
@@ -50,6 +51,17 @@ class Offender:
                 sent += self.socket.send(data[: most - sent])
         self.socket.settimeout(PATIENCE_S)
         return sent
+
+    def push(self, data: bytes) -> None:
+        """Send what goes of these whole frames, and throw away what came. The socket must not block.
+
+        What did not go the last time goes first.
+        """
+        with contextlib.suppress(BlockingIOError):
+            self._unsent = self._unsent or data
+            self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        with contextlib.suppress(BlockingIOError):
+            self.socket.recv(1 << 20)
 
     def say(self, **message: Any) -> None:
         self.send(frame(TEXT, json.dumps(message)))
