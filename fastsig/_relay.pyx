@@ -182,6 +182,7 @@ cdef enum:  # of `relayed_type`
 
 cdef enum:
     SAMPLED = 64             # one in so many relays is timed
+    MAX_PICKED = 4096        # that are timed or traced, in one turn
     WATCHED_MESSAGES = 64    # of a watched room, handed out for the metrics of calls
     WATCHED_BYTES = 16384    # of each
     SEEN_BYTES = 4194304     # that wait to be taken; a room that has more to say is spent
@@ -1702,11 +1703,11 @@ cdef class Relay:
     cdef uint64_t *words            # WORDS of them
     cdef uint64_t serials           # connections numbered
     cdef int kind                   # `relayed_type` of the message in `envelope`
-    cdef uint64_t until_sample      # messages to relay until the next one that is timed
-    cdef uint64_t until_trace       # and, counted from the last that was timed, that is traced
+    cdef uint64_t until_pick        # messages to relay until the next one that is timed or traced
+    cdef uint64_t picked_after      # what `until_pick` was, behind the last one
+    cdef uint64_t until_timed, until_traced  # as they were behind the last one
     cdef uint64_t trace_every       # 0: never
-    cdef double sampled_at          # when one that is timed was read, 0: none is on its way
-    cdef tuple traced               # type and bytes of one that is traced, on its way
+    cdef list picked                # (when it was read, is it timed, type or None, bytes) of those on their way
     cdef list seen                  # what `take_seen` gives
     cdef size_t seen_bytes
     cdef int watches                # rooms that may be watched, besides those that are
@@ -1719,7 +1720,8 @@ cdef class Relay:
         self.talking = []
         self.pending = {}
         self.seen = []
-        self.until_sample = SAMPLED
+        self.picked = []
+        self.until_timed = SAMPLED
         self.pool = <char **>malloc(POOLED_CHUNKS * sizeof(char *))
         if self.pool == NULL:
             raise MemoryError
@@ -1749,8 +1751,8 @@ cdef class Relay:
         self.watches += <int>watched_rooms - self.watched_rooms
         self.watched_rooms = watched_rooms
         self.trace_every = trace_every
-        self.until_trace = self.trace_every or <uint64_t>-1
-        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
+        self.until_traced = self.trace_every
+        self._plan_pick()
 
     def bind(self, hub, edge):
         """Who decides, and who holds the sockets. Once, before the first connection."""
@@ -1827,32 +1829,41 @@ cdef class Relay:
         if after:
             self.words[ROOMS + size_class(after)] += 1
 
-    cdef int _sample(self, size_t n) except -1:
+    cdef void _plan_pick(self) noexcept:
+        self.until_pick = min(self.until_timed, self.until_traced) if self.trace_every else self.until_timed
+        self.picked_after = self.until_pick
+
+    cdef int _pick(self, size_t n) except -1:
         """The message in `envelope` is timed until the end of its loop turn, or traced, or both."""
-        if self.until_trace <= SAMPLED:
-            self.traced = (text_of(self.envelope.type), n)
-            self.until_trace = self.trace_every
-        elif self.trace_every:
-            self.until_trace -= SAMPLED
-        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
-        if not self.sampled_at:
-            self.sampled_at = self.clock()
+        cdef bint is_timed, is_traced
+        self.until_timed -= self.picked_after
+        self.until_traced -= self.picked_after if self.trace_every else 0
+        is_timed = self.until_timed == 0
+        is_traced = self.trace_every and self.until_traced == 0
+        if is_timed:
+            self.until_timed = SAMPLED
+        if is_traced:
+            self.until_traced = self.trace_every
+        self._plan_pick()
+        if PyList_GET_SIZE(self.picked) < MAX_PICKED:
+            self.picked.append((self.clock(), is_timed, text_of(self.envelope.type) if is_traced else None, n))
         if not self.is_scheduled:  # it may be for nobody
             self.is_scheduled = True
             self.call_soon(self.flush_method)
         return 0
 
-    cdef int _end_sample(self) except -1:
-        cdef double began = self.sampled_at, ended = self.clock()
-        cdef tuple traced = self.traced
-        self.sampled_at = 0
-        self.traced = None
-        self._observe(RELAY_SECONDS, ended - began)
-        if traced is not None:
-            try:
-                self.on_relayed(traced[0], traced[1], began, ended)
-            except Exception:
-                self.on_bug(None)
+    cdef int _end_picked(self) except -1:
+        cdef double ended = self.clock()
+        cdef list picked = self.picked
+        self.picked = []
+        for began, is_timed, type, n in picked:
+            if is_timed:
+                self._observe(RELAY_SECONDS, ended - began)
+            if type is not None:
+                try:
+                    self.on_relayed(type, n, began, ended)
+                except Exception:
+                    self.on_bug(None)
         return 0
 
     def stats(self):
@@ -2228,8 +2239,8 @@ cdef class Relay:
                 self._step(connection)
         if self.dirty_from == self.dirty_to:
             self.dirty_from = self.dirty_to = 0
-            if self.sampled_at:
-                self._end_sample()
+            if self.picked:
+                self._end_picked()
         while self.doomed:
             connection, code = self.doomed.pop()
             try:
@@ -2277,9 +2288,9 @@ cdef class Relay:
                 words = self.words + self.kind
                 words[RECEIVED] += 1
                 words[RECEIVED_TEXT] += n
-                self.until_sample -= 1
-                if self.until_sample == 0:
-                    self._sample(n)
+                self.until_pick -= 1
+                if self.until_pick == 0:
+                    self._pick(n)
                 return self._relay(connection)
             message = message_of(&self.envelope)
             self._count_other(message.type, n)

@@ -73,7 +73,10 @@ class Exposition(Collector):
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page and its content type, for a client with this Accept header."""
-        encoder, content_type = choose_encoder(accept)
+        try:
+            encoder, content_type = choose_encoder(accept)
+        except (TypeError, ValueError):  # 0.26: a version that is none
+            encoder, content_type = choose_encoder("")
         return encoder(self._registry), content_type
 
     def describe(self) -> Iterable[Metric]:

@@ -135,6 +135,16 @@ class Hub:
         """New limits: those who are above one already stay."""
         self._limits = self.rooms.limits = limits
 
+    def stats(self) -> dict[str, int]:
+        """How long its tables are, by name."""
+        links = self._neighbours.values()
+        return {
+            "joins_undecided": len(self._requests),
+            "departed": len(self._left),
+            "links": sum(neighbour.link is not None for neighbour in links),
+            "link_buffer_bytes": sum(neighbour.waiting_bytes for neighbour in links),
+        }
+
     def handle(self, word: type, handler: Callable[[Neighbour, Any], None]) -> None:
         """Who hears a word that is not about members."""
         self._words[word] = handler

@@ -18,7 +18,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
@@ -39,6 +39,7 @@ PATHS: Final = {
     "/health/ready": "200 while new connections are welcome, else 503; also /readyz; ?verbose says why",
     "/debug/stats": "JSON: each worker's state, loop lag, memory, tables and buffers",
 }
+_METHODS: Final = ("GET", "HEAD")
 _LIVE: Final = HEALTH_PATHS[::2]
 _HOST: Final = re.compile(r"(?:\[(?P<bracketed>[^\[\]]+)\]|(?P<plain>[^:\[\]]+))(?::[0-9]*)?")  # and a port
 _HEADERS: Final = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Server": "fastsig"}
@@ -59,28 +60,20 @@ class Operations:
         self._listeners: Sequence[socket.socket] = ()
         self._clients: dict[asyncio.Task[None], None] = {}  # the oldest first
         self._was_short = False  # said once, until somebody is accepted
+        self._answers: dict[str, Callable[[web.BaseRequest], Awaitable[web.Response]]] = {
+            "/": self._index, "/metrics": self._metrics, "/debug/stats": self._stats,
+            **dict.fromkeys(HEALTH_PATHS, self._health),
+        }  # fmt: skip
+        self._server = web.Server(self._handle, handler_cancellation=True)
         self.configure(ops)
-        self._runner = web.AppRunner(
-            self._application(), access_log=None, handler_cancellation=True, shutdown_timeout=0.1
-        )
 
     def configure(self, ops: Ops) -> None:
         """Holds from the next request on."""
         self._token = ops.token.encode()
         self._name = ops.host.lower()
 
-    def _application(self) -> web.Application:
-        application = web.Application(middlewares=[self._guard])
-        application.router.add_get("/", self._index)
-        application.router.add_get("/metrics", self._metrics)
-        application.router.add_get("/debug/stats", self._stats)
-        for path in HEALTH_PATHS:
-            application.router.add_get(path, self._health)
-        return application
-
-    async def open(self, listeners: Sequence[socket.socket]) -> None:
+    def open(self, listeners: Sequence[socket.socket]) -> None:
         """Accept from these sockets, which are the caller's to close, after `close`."""
-        await self._runner.setup()
         self._listeners = listeners
         for listener in listeners:
             listener.setblocking(False)
@@ -96,7 +89,7 @@ class Operations:
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
-        await self._runner.cleanup()
+        await self._server.shutdown(0)
 
     # ---- connections
 
@@ -144,33 +137,36 @@ class Operations:
         connection.close()  # a transport that has it closes it itself: then this does nothing
 
     async def _serve(self, connection: socket.socket) -> None:
-        server = self._runner.server
-        assert server is not None  # it is set up
         loop = asyncio.get_running_loop()
-        transport, client = await loop.connect_accepted_socket(lambda: _Client(server, loop), connection)
+        client = _Client(self._server, loop)
+        transport: asyncio.Transport | None = None
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CLIENT_S):
+                    transport, _ = await loop.connect_accepted_socket(lambda: client, connection)
                     await client.is_lost.wait()
         finally:
-            transport.abort()
+            client.is_over = True
+            if transport is not None:
+                transport.abort()
 
     # ---- who may ask
 
-    @web.middleware
-    async def _guard(
-        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-    ) -> web.StreamResponse:
-        try:
-            response = self._refusal(request) or await handler(request)
-        except web.HTTPException as error:  # the router's 404 and 405
-            allowed = {"Allow": "GET, HEAD"} if isinstance(error, web.HTTPMethodNotAllowed) else {}
-            response = _text(error.reason, error.status, allowed)
+    async def _handle(self, request: web.BaseRequest) -> web.Response:
+        response = self._refusal(request) or await self._answer(request)
         response.headers.update(_HEADERS)
         response.force_close()
         return response
 
-    def _refusal(self, request: web.Request) -> web.Response | None:
+    async def _answer(self, request: web.BaseRequest) -> web.Response:
+        answer = self._answers.get(request.path)
+        if answer is None:
+            return _text("Not Found", 404)
+        if request.method not in _METHODS:
+            return _text("Method Not Allowed", 405, {"Allow": ", ".join(_METHODS)})
+        return await answer(request)
+
+    def _refusal(self, request: web.BaseRequest) -> web.Response | None:
         if request.path in HEALTH_PATHS and not _is_verbose(request):
             return None
         if self._token:
@@ -181,7 +177,7 @@ class Operations:
             return _text("this server does not go by that name: ask for it by its address", 421)
         return None
 
-    def _is_known(self, request: web.Request) -> bool:
+    def _is_known(self, request: web.BaseRequest) -> bool:
         scheme, _, token = request.headers.get("Authorization", "").partition(" ")
         given = token.strip().encode("utf-8", "surrogateescape")
         return hmac.compare_digest(given, self._token) and scheme.lower() == "bearer"
@@ -197,14 +193,14 @@ class Operations:
 
     # ---- answers
 
-    async def _index(self, request: web.Request) -> web.Response:
+    async def _index(self, request: web.BaseRequest) -> web.Response:
         return _text("\n".join(f"{path}  {what}" for path, what in PATHS.items()))
 
-    async def _metrics(self, request: web.Request) -> web.Response:
+    async def _metrics(self, request: web.BaseRequest) -> web.Response:
         page, content_type = self._exposition.render(request.headers.get("Accept", ""))
         return web.Response(body=page, headers={"Content-Type": content_type})
 
-    async def _health(self, request: web.Request) -> web.Response:
+    async def _health(self, request: web.BaseRequest) -> web.Response:
         health = self._subject.health()
         is_live = request.path in _LIVE
         is_good = health.is_live if is_live else health.is_ready
@@ -214,23 +210,29 @@ class Operations:
         verdict = f"{'' if is_good else 'not '}{'live' if is_live else 'ready'}"
         return _text("\n".join([*health.lines(), verdict]), status)
 
-    async def _stats(self, request: web.Request) -> web.Response:
+    async def _stats(self, request: web.BaseRequest) -> web.Response:
         return web.Response(body=await self._subject.stats(), content_type="application/json")
 
 
 class _Client(web.RequestHandler):
     """aiohttp's connection, whose end can be waited for."""
 
-    __slots__ = ("is_lost",)
+    __slots__ = ("is_lost", "is_over")
 
     def __init__(self, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
         limits = {"max_line_size": HEAD_BYTES, "max_field_size": HEAD_BYTES}
         super().__init__(server, loop=loop, access_log=None, lingering_time=0, **limits)  # type: ignore[arg-type]
         self.is_lost = asyncio.Event()
+        self.is_over = False  # we have hung up
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
         self.is_lost.set()
+
+    def log_exception(self, *args: Any, **more: Any) -> None:
+        """What fails because we, or the client, have just hung up is nothing to tell."""
+        if not self.is_over and self.transport is not None and not self.transport.is_closing():
+            super().log_exception(*args, **more)
 
     def handle_error(
         self,
@@ -240,6 +242,8 @@ class _Client(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """aiohttp's own logs a stranger's nonsense with a traceback and an address, and sends it back."""
+        if isinstance(exc, ConnectionError):  # the client has gone, in the middle of it
+            raise exc
         if status >= 500:
             _log.exception("internal_error")
         response = _text("Bad Request" if status < 500 else "Internal Server Error", status, _HEADERS)
@@ -251,7 +255,7 @@ def _text(text: str, status: int = 200, headers: Mapping[str, str] | None = None
     return web.Response(text=f"{text}\n", status=status, headers=headers)
 
 
-def _is_verbose(request: web.Request) -> bool:
+def _is_verbose(request: web.BaseRequest) -> bool:
     return "verbose" in request.query
 
 

@@ -268,7 +268,8 @@ class Worker:
                 self._end(stop)
 
     def _stats(self) -> dict[str, int]:
-        return self.relay.stats() | {"tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
+        tables = {"calls_watched": len(self._calls), "tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
+        return self.relay.stats() | self.hub.stats() | tables
 
     # ---- what the mesh calls
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import resource
 import socket
 import time
@@ -92,7 +93,7 @@ async def open_port() -> AsyncIterator[Open]:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             subject = Subject()
             operations = Operations(subject, Ops(host, 1, token))
-            await operations.open([listener])
+            operations.open([listener])
             stack.push_async_callback(operations.close)
             return Port(operations, subject, listener)
 
@@ -280,6 +281,55 @@ async def test_nonsense_is_refused_and_neither_repeated_nor_logged(
     assert b"nonsense" not in answer
     assert not answer or parsed(answer).status in (200, 400, 404, 405)
     assert (await port.get("/livez")).status == 200
+    assert capfd.readouterr().err == ""
+
+
+async def test_client_that_goes_in_the_middle_of_its_request_is_not_logged(
+    port: Port, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("debug", "json")
+    for path in (*PATHS, "/"):
+        for _ in range(5):
+            _, writer = await asyncio.open_connection(*port.address)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\n\r\n".encode())
+            writer.transport.abort()
+    await until(lambda: not port.operations._clients, "they are kept")
+    assert (await port.get("/livez")).status == 200
+    assert capfd.readouterr().err == ""
+
+
+_LINES = (
+    b"Authorization: Bearer \xe9\x80", b"Authorization:", b"Transfer-Encoding: chunked", b"Content-Length: 5",
+    b"Content-Encoding: gzip", b"Connection: upgrade\r\nUpgrade: websocket", b"Expect: 100-continue", b"Expect: \xff",
+    b"Accept: application/openmetrics-text; version=x\xff", b"Accept: ;;;,,,", b"Cookie: a=b;;\x01", b"Host: \xff", b"",
+)  # fmt: skip
+_TARGETS = (
+    b"/metrics",
+    b"/livez?%zz=%ff&&&=",
+    b"*",
+    b"//x",
+    b"/%2e%2e/",
+    b"http://h:99999/metrics",
+    b"http://[x/",
+    b"\x00",
+)
+
+
+async def test_no_mixture_of_headers_is_logged_or_stays(port: Port, capfd: pytest.CaptureFixture[str]) -> None:
+    """Half of those who send it go without waiting for the answer; the last are cut off by the end of the port."""
+    logs.configure("debug", "json")
+    chance = random.Random(1)
+    for number in range(500):
+        lines = [b"GET " + chance.choice(_TARGETS) + b" HTTP/1.1", b"Host: 127.0.0.1"]
+        lines += chance.choices(_LINES, k=chance.randrange(5))
+        _, writer = await asyncio.open_connection(*port.address)
+        writer.write(b"\r\n".join([*lines, b"", b"5\r\nhello\r\n0\r\n\r\n"]))
+        if number % 2:
+            writer.transport.abort()
+        else:
+            await asyncio.sleep(0)
+            writer.close()
+    await port.operations.close()
     assert capfd.readouterr().err == ""
 
 
