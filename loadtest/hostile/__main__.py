@@ -65,8 +65,8 @@ _FLOODS: Final = f"""\
 
 A worker handles all that it has read in one turn of its loop: {CROWD} peers that send 64 KiB each of messages that are
 not relayed hold up everybody else there. `limits.messages_per_s`, `joins_per_s` and `bytes_per_s` have no effect yet.
-Nobody is lost, and afterwards all is as before; but a worker that is silent for 10 s is replaced, and then its peers
-are.
+Of these nobody is lost, and afterwards all is as before; but a worker that is silent for 10 s, as by 150 such peers, is
+taken for dead and replaced.
 
 """
 
