@@ -76,8 +76,9 @@ annotate: build ## write the page that shows what each line of the relay costs
 coverage: build $(VENV)/.dev ## which lines of Python and Cython the unit tests run
 	@echo "fastsig: building with traced lines in build/coverage"
 	@rm -rf build/coverage && mkdir -p build/coverage/tests
-	@cp -r fastsig pyproject.toml setup.py README.md LICENSE docs build/coverage
+	@cp -r fastsig pyproject.toml setup.py README.md SECURITY.md LICENSE docs deploy loadtest build/coverage
 	@cp -r tests/__init__.py tests/conftest.py tests/unit build/coverage/tests
+	@mkdir build/coverage/tests/e2e && cp tests/e2e/*.py build/coverage/tests/e2e
 	@rm -f build/coverage/fastsig/*.so build/coverage/fastsig/_relay.c
 	@cd build/coverage && FASTSIG_COVERAGE=1 ../../$(RUN) setup.py --quiet build_ext --inplace
 	@cd build/coverage && PYTHONPATH=. ../../$(RUN) -m coverage run -m pytest --quiet tests/unit $(ARGS)

@@ -963,8 +963,8 @@ cdef class Connection(WSListener):
 
         A burst is not a slow reader: 300 peers that each send 16 offers to one that reads queue 12 MB within one turn,
         and the kernel takes 3 of them before the reader has had any time at all. So a connection may stay above the
-        limit for `OVER_S`, as long as it stays below `OVERDRAFT_EACH` and all of this worker together below `OVERDRAFT`;
-        then it is closed."""
+        limit for `OVER_S`, as long as it stays below `OVERDRAFT_EACH`, and all of this worker together below
+        `OVERDRAFT`; then it is closed."""
         self.relay.overdraft += over - self.overdraft
         self.overdraft = over
         if not over:
