@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline conformance soak panels annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest hostile guard guard-baseline conformance soak panels annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ faults: build $(VENV)/.dev ## kill, stop and drain servers under load, for minut
 loadtest: build $(VENV)/.dev ## SECONDS=60 of Locust against a server of its own, or URL=ws://host/ws (ARGS="--users 3000")
 	@$(RUN) -m loadtest.run --seconds $(or $(SECONDS),60) $(if $(URL),--url $(URL)) $(ARGS)
 
+hostile: build $(VENV)/.dev ## hostile input against a running server, for two minutes; writes docs/hostile.md (ARGS="--only ping")
+	@$(RUN) -m loadtest.hostile $(ARGS)
+
 guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; fails if they are 3 % more than the baseline's
 	@$(RUN) -m loadtest.guard $(ARGS)
 
@@ -76,8 +79,9 @@ annotate: build ## write the page that shows what each line of the relay costs
 coverage: build $(VENV)/.dev ## which lines of Python and Cython the unit tests run
 	@echo "fastsig: building with traced lines in build/coverage"
 	@rm -rf build/coverage && mkdir -p build/coverage/tests
-	@cp -r fastsig pyproject.toml setup.py README.md LICENSE docs build/coverage
+	@cp -r fastsig pyproject.toml setup.py README.md SECURITY.md LICENSE docs deploy loadtest build/coverage
 	@cp -r tests/__init__.py tests/conftest.py tests/unit build/coverage/tests
+	@mkdir build/coverage/tests/e2e && cp tests/e2e/*.py build/coverage/tests/e2e
 	@rm -f build/coverage/fastsig/*.so build/coverage/fastsig/_relay.c
 	@cd build/coverage && FASTSIG_COVERAGE=1 ../../$(RUN) setup.py --quiet build_ext --inplace
 	@cd build/coverage && PYTHONPATH=. ../../$(RUN) -m coverage run -m pytest --quiet tests/unit $(ARGS)

@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 import pytest
 import websockets
 
 from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
-from .conftest import EVERY_COUNT, Server
+from .conftest import EVERY_COUNT, Server, free_port
 
 MIB = 1 << 20
 
@@ -161,3 +162,17 @@ def read_all(client: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return data
+
+
+async def test_no_page_of_the_operators_and_no_log_names_rooms_or_peers(serve: Callable[..., Server]) -> None:
+    server = serve("--ops.port", str(port := free_port()))
+    async with websockets.connect(server.url) as client, aiohttp.ClientSession() as session:
+        await client.send(json.dumps({"type": "join", "room": "room-of-a-peer", "sender": "name-of-a-peer"}))
+        assert json.loads(await client.recv())["type"] == "joined"
+        pages = []
+        for path in ("/", "/metrics", "/debug/stats", "/health/ready?verbose", "/rooms", "/peers"):
+            async with session.get(f"http://127.0.0.1:{port}{path}") as answer:
+                pages.append(await answer.text())
+    pages += server.stderr_lines()
+    assert "fastsig_connections" in pages[1]
+    assert not [page for page in pages if "of-a-peer" in page]
