@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline soak panels annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline fuzz asan soak panels annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,21 @@ guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; 
 
 guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, for this compiler and these versions
 	@$(RUN) -m loadtest.guard --save $(ARGS)
+
+fuzz: build $(VENV)/.dev ## fuzz scanner, frames and mesh with sanitizers for SECONDS=60; findings: build/fuzz/findings
+	@echo "fastsig: fuzzing for $(or $(SECONDS),60) s"
+	@$(RUN) -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
+asan: build $(VENV)/.dev ## run the tests without sockets with AddressSanitizer and UBSan (ARGS="-k name")
+	@echo "fastsig: building with AddressSanitizer and UBSan in build/asan"
+	@mkdir -p build/asan && rm -rf build/asan/lib
+	@FASTSIG_SANITIZE=address,undefined $(RUN) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	@mkdir -p build/asan/lib/tests && cp pyproject.toml build/asan/lib
+	@cp -r tests/__init__.py tests/conftest.py tests/unit tests/fuzz build/asan/lib/tests
+	@cp -r docs deploy loadtest build/asan/lib
+	@cd build/asan/lib && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    PYTHONMALLOC=malloc PYTHONDONTWRITEBYTECODE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    ../../../$(RUN) -m pytest --quiet -p no:cacheprovider -o timeout=300 tests/unit $(ARGS)
 
 soak: build $(VENV)/.dev ## load and faults for MINUTES=30: does anything grow? The plot: build/soak.svg
 	@$(RUN) -m loadtest.soak --minutes $(MINUTES)
