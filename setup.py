@@ -4,8 +4,8 @@ Switches, from the environment (`make` builds anew when one changes; by hand use
 FASTSIG_DEBUG=1     asserts and invariants on, no optimisation
 FASTSIG_COVERAGE=1  lines can be traced, for `make coverage`
 FASTSIG_ANNOTATE=1  an HTML page beside the C file shows what each line costs, for `make annotate`
-FASTSIG_SANITIZE    what `-fsanitize=` takes, for `make asan` and `make fuzz`; invariants are on. Never build it in place:
-                    only a process that has the sanitizer's runtime can import it
+FASTSIG_SANITIZE    what `-fsanitize=` takes, for `make asan` and `make fuzz`; invariants are on. Never in place: only a
+                    process that has the sanitizer's runtime can import it
 """
 
 import os

@@ -7,12 +7,14 @@ in pieces of any size, vanishes, stops reading, lets time pass. Afterwards, what
 - a pair of healthy peers in the same worker has lost no message and no connection;
 - once the strangers are gone, so is all that was kept for them: connections, members, rooms, output, timers.
 
-The limits are small, so that short scripts reach them. One host serves all scripts, as a worker does: a finding may need those before it.
+The limits are small, so that short scripts reach them. One host serves all scripts, as a worker does: a finding may
+need those before it.
 """
 
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
@@ -36,9 +38,7 @@ MOST_BYTES: Final = 60_000  # likewise
 MANY: Final = 4200  # more than a message may have fragments
 LONGEST_AGAIN: Final = 100  # of what is sent many times over
 # The watch over a call outlasts it by design.
-GAUGES: Final = tuple(
-    family for family in metrics.IN_MAP if family.kind == "gauge" and family.name != "watched_rooms"
-)
+GAUGES: Final = tuple(family for family in metrics.IN_MAP if family.kind == "gauge" and family.name != "watched_rooms")
 RELAYED: Final = {"offer", "answer", "ice-candidate", "message"}
 
 # With `%b` where the script puts its own bytes; the names are those of `PEERS` and two rooms.
@@ -129,7 +129,12 @@ class Worker:
         )  # fmt: skip
         self.host.watch_rooms(2)
         self.host.relay.configure(
-            message_bytes=1500, output_bytes=4000, handshake_s=10.0, first_message_s=20.0, watched_rooms=2, trace_every=3
+            message_bytes=1500,
+            output_bytes=4000,
+            handshake_s=10.0,
+            first_message_s=20.0,
+            watched_rooms=2,
+            trace_every=3,
         )
         self.bytes_left = 0
         self._seconds_left = 0.0
@@ -142,6 +147,11 @@ class Worker:
             self._say, self._say, self._send_frame, self._send_frame, self._send_bytes, self._shake_hands,
             self._cut_up, self._vanish, self._stop_reading, self._repeat, self._wait, self._turn, self._say_much,
         )  # fmt: skip
+
+    @property
+    def messages(self) -> int:
+        """Whole text messages that all scripts have sent so far."""
+        return self.host.counted()["received_messages_total"]
 
     def run(self, script: Script) -> None:
         """All of the script, then the checks."""
@@ -299,6 +309,7 @@ class Target:
             self._loop.forget()
             gc.collect()
             self._check_freed()
+            sys.stderr.write(f"fastsig: messages: {self._worker.messages}\n")  # for the figures of the run
 
     def _check_freed(self) -> None:
         """Of all connections that ever were, the healthy pair's are the ones in memory."""

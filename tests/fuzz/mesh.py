@@ -12,6 +12,7 @@ from typing import Final
 
 import msgspec
 
+from fastsig._relay import Member
 from fastsig.bus import PACKET_BYTES
 from fastsig.errors import InvariantError
 from fastsig.routing import Address, Place, View
@@ -154,13 +155,13 @@ class Worker:
 
     def _relayed(self, script: Script) -> None:
         """Lengths as the script has them, or as they are."""
-        kind, id, name, payload = (script.text() for _ in range(4))
+        kind, name_of_it, name, payload = (script.text() for _ in range(4))
         lie, count = script.byte(), script.byte()
         names = (bytes([len(name)]) + name) * (count % 40)
-        head = self._ordinal(script).to_bytes(8, "little") + bytes([len(kind), len(id), count % 40, 0])
+        head = self._ordinal(script).to_bytes(8, "little") + bytes([len(kind), len(name_of_it), count % 40, 0])
         size = len(payload) if lie < 200 else lie << 24 | script.byte()
         number = (lie % 3).to_bytes(4, "little")
-        self._hear(packed(1, head + size.to_bytes(4, "little") + number + kind + id + names + payload))
+        self._hear(packed(1, head + size.to_bytes(4, "little") + number + kind + name_of_it + names + payload))
 
     def _addressed(self, script: Script) -> None:
         """Directed, told, delivered."""
@@ -188,7 +189,7 @@ class Worker:
             return known[which % len(known)]
         return which - 200 if which < 250 else int.from_bytes(script.take(8), "little")
 
-    def _own(self) -> list[object]:
+    def _own(self) -> list[Member]:
         return [member for room in self._neighbour.rooms_here for member in room.members]
 
     # what happens here

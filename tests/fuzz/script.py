@@ -12,7 +12,7 @@ from typing import Any
 from fastsig.logs import Logger
 
 
-class Finding(AssertionError):
+class Finding(AssertionError):  # noqa: N818 (what fuzzers call it)
     """What must not be."""
 
 
