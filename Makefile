@@ -90,7 +90,7 @@ coverage: build $(VENV)/.dev ## which lines of Python and Cython the unit tests 
 	@echo "fastsig: building with traced lines in build/coverage"
 	@rm -rf build/coverage && mkdir -p build/coverage/tests
 	@cp -r fastsig pyproject.toml setup.py README.md LICENSE docs build/coverage
-	@cp -r tests/__init__.py tests/conftest.py tests/unit build/coverage/tests
+	@cp -r tests/__init__.py tests/conftest.py tests/unit tests/fuzz build/coverage/tests
 	@rm -f build/coverage/fastsig/*.so build/coverage/fastsig/_relay.c
 	@cd build/coverage && FASTSIG_COVERAGE=1 ../../$(RUN) setup.py --quiet build_ext --inplace
 	@cd build/coverage && PYTHONPATH=. ../../$(RUN) -m coverage run -m pytest --quiet tests/unit $(ARGS)
