@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline fuzz asan soak panels annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest guard guard-baseline conformance fuzz asan soak panels annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; 
 
 guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, for this compiler and these versions
 	@$(RUN) -m loadtest.guard --save $(ARGS)
+
+conformance: build $(VENV)/.dev ## RFC 6455 by the Autobahn test suite, which needs a Python 2.7 (ARGS="--cases 6.4.*")
+	@$(RUN) -m loadtest.conformance $(ARGS)
 
 fuzz: build $(VENV)/.dev ## fuzz scanner, frames and mesh with sanitizers for SECONDS=60; findings: build/fuzz/findings
 	@echo "fastsig: fuzzing for $(or $(SECONDS),60) s"

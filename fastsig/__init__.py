@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         RefusedError as RefusedError,
         Rejoined as Rejoined,
         Room as Room,
+        TokenExpiring as TokenExpiring,
         UnreachableError as UnreachableError,
         connect as connect,
     )
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 
 _OF_CLIENT = {
     *("connect", "Room", "Peer"),
-    *("Event", "Message", "PeerJoined", "PeerLeft", "PeerUpdated", "Refused", "Rejoined"),
+    *("Event", "Message", "PeerJoined", "PeerLeft", "PeerUpdated", "Refused", "Rejoined", "TokenExpiring"),
     *("ClientError", "ClosedError", "DisconnectedError", "RefusedError", "UnreachableError"),
 }
 

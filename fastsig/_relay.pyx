@@ -41,7 +41,6 @@ from libc.string cimport memcmp, memcpy, memmove
 from picows.picows cimport WSFrame, WSListener, WSMsgType, WSTransport
 
 import os
-from collections import deque
 
 import picows
 
@@ -75,7 +74,12 @@ cdef extern from "_scan.h" nogil:
         fs_text recipient[32]
         uint32_t recipients
         uint32_t recipient_is_list
+    ctypedef struct fs_utf8:
+        uint8_t missing
+    bint fs_utf8_is_valid(const char *p, size_t n)
+    bint fs_utf8_goes_on(fs_utf8 *open, const char *p, size_t n)
     int fs_scan(const char *message, size_t n, fs_envelope *out)
+    int fs_scan_utf8(const char *message, size_t n, fs_envelope *out)
     size_t fs_escape(char *out, const char *p, size_t n)
 
 cdef extern from * nogil:
@@ -118,6 +122,12 @@ cdef extern from * nogil:
         memset(&info, 0, sizeof info);
         return fd < 0 || getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &n) ? -1 : (long)info.tcpi_last_data_recv;
     }
+    #ifdef __GLIBC__
+    #include <malloc.h>
+    #define fs_trim() malloc_trim(0)
+    #else
+    #define fs_trim() 0
+    #endif
     """
     const int FASTSIG_DEBUG
     const int MSG_NOSIGNAL
@@ -128,6 +138,7 @@ cdef extern from * nogil:
     uint64_t fs_hash(const uint64_t *key, const char *p, size_t n)
     uint64_t fs_mix(uint64_t n)
     long fs_silent_ms(int fd)
+    int fs_trim()
     int __builtin_clzll(unsigned long long)
 
 
@@ -137,6 +148,11 @@ cdef enum State:
     CLOSING    # a close frame is the last thing in the buffer
     LINGERING  # it is sent; what the peer still sends is thrown away until it closes
     CLOSED     # the transport was told to close, or is gone
+
+cdef enum Diversion:  # where what a peer says goes
+    RELAY      # to be handled at once
+    WAIT       # a join is undecided: what comes behind it waits
+    ECHO       # back to it (`server.echo_path`)
 
 cdef enum:
     CHUNK = 4096            # an output buffer starts as one of these, from the relay's pool
@@ -151,8 +167,10 @@ cdef enum:
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
     MAX_NAMED = 32          # recipients in an error for a broadcast, as many as a list may have
-    WAITING_EACH = 64       # what a message costs besides its bytes
+    WAITING_HEAD = 4        # the length of a message that waits, before it
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
+    LARGE_INPUT = 16384     # picows' read buffer, when this much was in it, is given up for a new one ...
+    SMALL_INPUT = 8192      # ... once a ping period needed less than this
     PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
     FRAME_BYTES = 65536     # a longer frame between workers goes in pieces
     LINK_BYTES = 16777216   # not with a neighbour yet (four messages if that is more): at half relays are refused
@@ -184,6 +202,7 @@ cdef enum:  # of `relayed_type`
 
 cdef enum:
     SAMPLED = 64             # one in so many relays is timed
+    MAX_PICKED = 4096        # that are timed or traced, in one turn
     WATCHED_MESSAGES = 64    # of a watched room, handed out for the metrics of calls
     WATCHED_BYTES = 16384    # of each
     SEEN_BYTES = 4194304     # that wait to be taken; a room that has more to say is spent
@@ -468,6 +487,18 @@ cdef Message message_of(fs_envelope *envelope):
     return message
 
 
+def utf8_piece_at_fault(list pieces not None):
+    """Which of these pieces of a text shows that it is not UTF-8; their number where only its end does; None: it is.
+    The door for tests."""
+    cdef fs_utf8 utf8
+    cdef bytes piece
+    utf8.missing = 0
+    for place, piece in enumerate(pieces):
+        if not fs_utf8_goes_on(&utf8, PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece)):
+            return place
+    return len(pieces) if utf8.missing else None
+
+
 def scan(bytes data not None):
     """The verdict of the envelope scanner on one message, and what it found: the door for its tests and fuzzers."""
     cdef fs_envelope envelope
@@ -482,6 +513,11 @@ def scan(bytes data not None):
         "payload": message.payload, "recipients": message.recipients,
         "recipient_is_list": bool(envelope.recipient_is_list),
     }
+
+
+def trim():
+    """Give free memory back to the system: the allocator keeps what lies between pieces in use."""
+    fs_trim()
 
 
 # --------------------------------------------------------------------------------------------- frames
@@ -578,9 +614,14 @@ cdef class Connection(WSListener):
     cdef char *parts                  # an open fragmented message
     cdef size_t parts_used, parts_size
     cdef uint32_t parts_count         # 0: none is open
-    cdef bint is_undecided            # a join is: what comes behind it waits
-    cdef object waiting               # a deque of messages; None: there was never one
-    cdef size_t waiting_size
+    cdef WSMsgType parts_type
+    cdef fs_utf8 parts_utf8
+    cdef size_t input_used            # the most that picows' read buffer held at a frame, since the last ping
+    cdef size_t input_size            # the same since that buffer was new
+    cdef bint is_oversized            # it is much larger than what was needed lately
+    cdef Diversion diverted
+    cdef char *waiting                # messages, each behind its length: [waiting_from, waiting_to); NULL: none
+    cdef size_t waiting_from, waiting_to, waiting_size
     cdef bint is_paused               # not read: more than WAITING_BYTES wait
     # time (monotonic seconds)
     cdef double deadline              # when the wheel brings this connection up
@@ -604,6 +645,7 @@ cdef class Connection(WSListener):
         self._unlink()
         free(self.out)
         free(self.parts)
+        free(self.waiting)
 
     # ---- life
 
@@ -633,6 +675,11 @@ cdef class Connection(WSListener):
     def settle(self):
         """A hello or join succeeded: the connection may stay."""
         self.join_by = 1e300
+
+    def echo(self):
+        """From now on every message goes back to where it came from, as it is."""
+        self.diverted = ECHO
+        self.settle()
 
     def identify(self, str peer not None):
         """Fix the peer id, once."""
@@ -670,35 +717,70 @@ cdef class Connection(WSListener):
 
     def wait(self):
         """What this peer says from now on waits for a decision, until `proceed`."""
-        if self.is_undecided:
+        if self.diverted != RELAY:
             raise InvariantError("a connection waits for one decision at a time")
-        self.is_undecided = True
+        self.diverted = WAIT
 
     def proceed(self):
         """It is decided: what has waited is handled in order. A join among it may make the rest wait again."""
         cdef bytes text
-        self.is_undecided = False
+        self.diverted = RELAY
         try:
-            while self.waiting and not self.is_undecided and self.state == OPEN:
-                text = self.waiting.popleft()
-                self.waiting_size -= PyBytes_GET_SIZE(text) + WAITING_EACH
-                self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+            while self.waiting != NULL and self.diverted == RELAY and self.state == OPEN:
+                text = self._take_kept()
+                self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), False)
         except Exception:
             self.relay.on_bug(self)
             self.fail(1011)
-        if self.is_paused and self.waiting_size <= WAITING_BYTES:
+        if self.is_paused and self.waiting_to - self.waiting_from <= WAITING_BYTES:
             self._unpause()
+
+    cdef int _divert(self, const char *p, size_t n, bint is_utf8) except -1:
+        """One whole text message that is not to be handled now."""
+        if self.diverted == WAIT:
+            return self._keep(p, n)
+        if not (is_utf8 or fs_utf8_is_valid(p, n)):
+            return self.fail(1007)
+        return self._frame(WSMsgType.TEXT, p, n)
 
     cdef int _keep(self, const char *p, size_t n) except -1:
         """A message for later. What was read already is kept, whatever the bound; no more is read above it."""
-        if self.waiting is None:
-            self.waiting = deque()
-        self.waiting.append(p[:n])
-        self.waiting_size += n + WAITING_EACH
-        if self.waiting_size > WAITING_BYTES and not self.is_paused:
+        cdef uint32_t length = <uint32_t>n
+        cdef size_t kept = self.waiting_to - self.waiting_from
+        cdef char *new
+        if self.waiting_from:
+            memmove(self.waiting, self.waiting + self.waiting_from, kept)
+            self.waiting_from = 0
+            self.waiting_to = kept
+        if kept + WAITING_HEAD + n > self.waiting_size:
+            new = <char *>realloc(self.waiting, max(kept + WAITING_HEAD + n, 2 * self.waiting_size))
+            if new == NULL:
+                raise MemoryError
+            self.waiting = new
+            self.waiting_size = max(kept + WAITING_HEAD + n, 2 * self.waiting_size)
+        new = put(self.waiting + kept, <const char *>&length, WAITING_HEAD)
+        self.waiting_to = put(new, p, n) - self.waiting
+        if self.waiting_to > WAITING_BYTES and not self.is_paused:
             self.is_paused = True
             self.relay.edge.pause(self)
         return 0
+
+    cdef bytes _take_kept(self):
+        """The oldest message that waits; a copy, since what it leads to may end all that is here."""
+        cdef uint32_t length
+        cdef bytes text
+        memcpy(&length, self.waiting + self.waiting_from, WAITING_HEAD)
+        self.waiting_from += WAITING_HEAD
+        text = self.waiting[self.waiting_from:self.waiting_from + length]
+        self.waiting_from += length
+        if self.waiting_from == self.waiting_to:
+            self._forget_kept()
+        return text
+
+    cdef void _forget_kept(self) noexcept:
+        free(self.waiting)
+        self.waiting = NULL
+        self.waiting_from = self.waiting_to = self.waiting_size = 0
 
     cdef int _unpause(self) except -1:
         if self.is_paused:
@@ -708,8 +790,8 @@ cdef class Connection(WSListener):
 
     cdef int _depart(self, str reason) except -1:
         """Out of all rooms, before anything else can be sent there."""
-        if self.members or self.is_undecided:
-            self.is_undecided = False
+        if self.members or self.diverted == WAIT:
+            self.diverted = RELAY
             self.relay.on_departed(self, reason)
             if FASTSIG_DEBUG and self.members:
                 raise InvariantError("a departed connection is still a member of a room")
@@ -734,8 +816,9 @@ cdef class Connection(WSListener):
         self.sink = None
         self.context = None
         self.trace = None
-        self.waiting = None
-        self.is_undecided = self.is_paused = False
+        self._forget_kept()
+        self.diverted = RELAY
+        self.is_paused = False
         return 0
 
     cdef int _drop(self) except -1:
@@ -766,7 +849,7 @@ cdef class Connection(WSListener):
     @property
     def is_waiting(self):
         """Is a join undecided?"""
-        return self.is_undecided
+        return self.diverted == WAIT
 
     @property
     def rooms(self):
@@ -807,7 +890,11 @@ cdef class Connection(WSListener):
 
     def send(self, bytes text not None):
         """Append one text message. Sent at the end of the loop turn."""
-        self._frame(WSMsgType.TEXT, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+        cdef const char *p = PyBytes_AS_STRING(text)
+        cdef size_t n = PyBytes_GET_SIZE(text)
+        if self.state == OPEN:
+            self.relay._count_sent(sent_type(p, n), n, 1)
+        self._frame(WSMsgType.TEXT, p, n)
 
     def send_raw(self, bytes data not None):
         """Append bytes as they are: the HTTP answer."""
@@ -856,8 +943,6 @@ cdef class Connection(WSListener):
             at = put_header(self._reserve(n + ROOMY_HEADER), opcode, n)
             if n:
                 memcpy(at, p, n)
-            if opcode == WSMsgType.TEXT:
-                self.relay._count_sent(sent_type(p, n), n, 1)
             self._commit(header_size(n) + n)
         return 0
 
@@ -1029,7 +1114,7 @@ cdef class Connection(WSListener):
             if not self._is_alive(PROBE_S):
                 return self.fail(4002)
             self.probe_by = 1e300
-        if now >= self.join_by and not self.is_undecided:
+        if now >= self.join_by and self.diverted != WAIT:
             return self.fail(4007)
         if now >= self.ping_at:
             if self.is_heard:
@@ -1042,12 +1127,33 @@ cdef class Connection(WSListener):
             self.pings_unanswered += 1
             self._frame(WSMsgType.PING, NULL, 0)
             self.ping_at = now + self.relay.ping_s
+            self._review_input()
         return self._arm(min(self.ping_at, self.join_by, self.probe_by))
 
     cdef bint _is_alive(self, double within_s) noexcept:
         """Any byte is life, also one of a frame that is not whole yet: those only the kernel has counted."""
         cdef long silent = fs_silent_ms(self.fd)
         return self.is_heard or 0 <= silent < 1000 * within_s
+
+    # ---- picows' read buffer, which grows by doubling and never shrinks
+
+    cdef void _review_input(self) noexcept:
+        """Once per ping period."""
+        self.input_size = max(self.input_size, self.input_used)
+        self.is_oversized = self.input_size > LARGE_INPUT and self.input_used < SMALL_INPUT
+        self.input_used = 0
+
+    cdef int _renew_input(self) except -1:
+        """Begin anew with a small buffer. Only within a frame behind which nothing is left in the old one; and never
+        before the first ping, when what came with the handshake is being fed to it."""
+        self.is_oversized = False
+        self.input_size = 0
+        self.state = HANDSHAKE  # picows answers an upgrade once more: `write` is to swallow that
+        try:
+            self.relay.edge.renew(self)
+        finally:
+            self.state = OPEN
+        return 0
 
     # ---- input (called by picows)
 
@@ -1066,14 +1172,18 @@ cdef class Connection(WSListener):
 
     cpdef on_ws_frame(self, WSTransport transport, WSFrame frame):
         """One frame, borrowed for this call. Catches everything: no input ends more than its sender's connection."""
+        cdef size_t used
         if self.state != OPEN:
             return
         self.is_heard = True
+        used = frame.payload_size + frame.tail_size
+        if used > self.input_used:
+            self.input_used = used
         self.relay.words[RECEIVED_BYTES] += header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
         try:
             if frame.msg_type == WSMsgType.TEXT and frame.fin and not (
                     self.parts_count or frame.rsv1 or frame.rsv2 or frame.rsv3):
-                self.relay.receive(self, frame.payload_ptr, frame.payload_size)
+                self.relay.receive(self, frame.payload_ptr, frame.payload_size, False)
             else:
                 self._other_frame(frame)
         except Exception:
@@ -1088,39 +1198,59 @@ cdef class Connection(WSListener):
         if frame.msg_type == WSMsgType.PING:
             return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
         if frame.msg_type == WSMsgType.PONG:
-            return 0
+            return self._renew_input() if self.is_oversized and frame.last_in_buffer and frame.tail_size == 0 else 0
         if frame.msg_type == WSMsgType.CLOSE:
             return self._peer_closed(frame)
         if (frame.msg_type == WSMsgType.CONTINUATION) != (self.parts_count > 0):
             return self.fail(1002)  # RFC 6455 §5.4
-        if frame.msg_type == WSMsgType.BINARY:
+        if frame.msg_type == WSMsgType.BINARY and self.diverted != ECHO:
             return self.fail(1003)
         return self._fragment(frame)
 
     cdef int _fragment(self, WSFrame frame) except -1:
         cdef size_t total = self.parts_used + frame.payload_size
-        cdef char *new
+        if frame.msg_type != WSMsgType.CONTINUATION:
+            self.parts_type = frame.msg_type
+            self.parts_utf8.missing = 0
         self.parts_count += 1
         if total > self.relay.message_bytes or self.parts_count > MAX_FRAGMENTS:
             return self.fail(1009)
+        if self.parts_type == WSMsgType.TEXT and not (
+                fs_utf8_goes_on(&self.parts_utf8, frame.payload_ptr, frame.payload_size)
+                and not (frame.fin and self.parts_utf8.missing)):
+            return self.fail(1007)
+        self._append(frame.payload_ptr, frame.payload_size)
+        return self._assembled() if frame.fin else 0
+
+    cdef int _append(self, const char *p, size_t n) except -1:
+        cdef size_t total = self.parts_used + n
+        cdef char *new
         if total > self.parts_size:
             new = <char *>realloc(self.parts, max(total, min(2 * self.parts_size, self.relay.message_bytes)))
             if new == NULL:
                 raise MemoryError
             self.parts = new
             self.parts_size = max(total, min(2 * self.parts_size, self.relay.message_bytes))
-        if frame.payload_size:
-            memcpy(self.parts + self.parts_used, frame.payload_ptr, frame.payload_size)
+        if n:
+            memcpy(self.parts + self.parts_used, p, n)
         self.parts_used = total
-        if not frame.fin:
-            return 0
-        new = self.parts
+        return 0
+
+    cdef int _assembled(self) except -1:
+        """The last fragment came."""
+        cdef char *message = self.parts
+        cdef const char *text = message
+        cdef size_t n = self.parts_used
+        if text == NULL:  # all fragments were empty
+            text = b""
         self.parts = NULL
         self.parts_count = self.parts_size = self.parts_used = 0
         try:
-            return self.relay.receive(self, new, total)
+            if self.parts_type == WSMsgType.BINARY:
+                return self._frame(WSMsgType.BINARY, text, n)
+            return self.relay.receive(self, text, n, True)
         finally:
-            free(new)
+            free(message)
 
     cdef int _peer_closed(self, WSFrame frame) except -1:
         """Answer with the same code (RFC 6455 §5.5.1). With nothing behind it, nothing is left to read either."""
@@ -1130,7 +1260,7 @@ cdef class Connection(WSListener):
             if not is_valid_close_code(code):
                 return self.fail(1002)
         self.drops_when_sent = frame.tail_size == 0
-        while self.is_undecided and self.state == OPEN:  # what waits behind a join was said before the close
+        while self.diverted == WAIT and self.state == OPEN:  # what waits behind a join was said before the close
             self.relay.on_withdrawn(self)
             self.proceed()
         if self.state != OPEN:
@@ -1668,7 +1798,8 @@ cdef class Relay:
     goes while a join is undecided, `withdraw(connection)` when only that join is given up, `receive_word(neighbour,
     word)` for what another worker says about members. `edge` gives `block(connection)` and `unblock(connection)` (watch
     its socket for room), `pause(connection)` and `resume(connection)` (reading), `discard(connection)` (nothing that it
-    sends is read any more), `linger(connection)` (its last frame is out), `drop(transport)`.
+    sends is read any more), `renew(connection)` (picows begins anew, with a small buffer), `linger(connection)` (its
+    last frame is out), `drop(transport)`.
     `relayed(type, bytes, began, ended)` is told of a message that is traced, once it is out.
     `call_soon(callback)` runs at the end of the loop turn; `clock()` is monotonic seconds. Limits of 0 are off.
     `counters` is a writable buffer of 64-bit words, held as long as the relay lives; gauges in it are 0 at first.
@@ -1677,7 +1808,8 @@ cdef class Relay:
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
     cdef object on_word, on_bug, on_relayed
-    cdef size_t message_bytes, output_bytes, link_bytes
+    cdef readonly size_t message_bytes
+    cdef size_t output_bytes, link_bytes
     cdef double handshake_s, first_message_s, ping_s
     cdef Table table                # of Room
     cdef PyObject **dirty           # owned references to connections with something to send: [dirty_from, dirty_to)
@@ -1703,11 +1835,11 @@ cdef class Relay:
     cdef uint64_t *words            # WORDS of them
     cdef uint64_t serials           # connections numbered
     cdef int kind                   # `relayed_type` of the message in `envelope`
-    cdef uint64_t until_sample      # messages to relay until the next one that is timed
-    cdef uint64_t until_trace       # and, counted from the last that was timed, that is traced
+    cdef uint64_t until_pick        # messages to relay until the next one that is timed or traced
+    cdef uint64_t picked_after      # what `until_pick` was, behind the last one
+    cdef uint64_t until_timed, until_traced  # as they were behind the last one
     cdef uint64_t trace_every       # 0: never
-    cdef double sampled_at          # when one that is timed was read, 0: none is on its way
-    cdef tuple traced               # type and bytes of one that is traced, on its way
+    cdef list picked                # (when it was read, is it timed, type or None, bytes) of those on their way
     cdef list seen                  # what `take_seen` gives
     cdef size_t seen_bytes
     cdef int watches                # rooms that may be watched, besides those that are
@@ -1720,7 +1852,8 @@ cdef class Relay:
         self.talking = []
         self.pending = {}
         self.seen = []
-        self.until_sample = SAMPLED
+        self.picked = []
+        self.until_timed = SAMPLED
         self.pool = <char **>malloc(POOLED_CHUNKS * sizeof(char *))
         if self.pool == NULL:
             raise MemoryError
@@ -1750,8 +1883,8 @@ cdef class Relay:
         self.watches += <int>watched_rooms - self.watched_rooms
         self.watched_rooms = watched_rooms
         self.trace_every = trace_every
-        self.until_trace = self.trace_every or <uint64_t>-1
-        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
+        self.until_traced = self.trace_every
+        self._plan_pick()
 
     def bind(self, hub, edge):
         """Who decides, and who holds the sockets. Once, before the first connection."""
@@ -1828,32 +1961,41 @@ cdef class Relay:
         if after:
             self.words[ROOMS + size_class(after)] += 1
 
-    cdef int _sample(self, size_t n) except -1:
+    cdef void _plan_pick(self) noexcept:
+        self.until_pick = min(self.until_timed, self.until_traced) if self.trace_every else self.until_timed
+        self.picked_after = self.until_pick
+
+    cdef int _pick(self, size_t n) except -1:
         """The message in `envelope` is timed until the end of its loop turn, or traced, or both."""
-        if self.until_trace <= SAMPLED:
-            self.traced = (text_of(self.envelope.type), n)
-            self.until_trace = self.trace_every
-        elif self.trace_every:
-            self.until_trace -= SAMPLED
-        self.until_sample = min(<uint64_t>SAMPLED, self.until_trace)
-        if not self.sampled_at:
-            self.sampled_at = self.clock()
+        cdef bint is_timed, is_traced
+        self.until_timed -= self.picked_after
+        self.until_traced -= self.picked_after if self.trace_every else 0
+        is_timed = self.until_timed == 0
+        is_traced = self.trace_every and self.until_traced == 0
+        if is_timed:
+            self.until_timed = SAMPLED
+        if is_traced:
+            self.until_traced = self.trace_every
+        self._plan_pick()
+        if PyList_GET_SIZE(self.picked) < MAX_PICKED:
+            self.picked.append((self.clock(), is_timed, text_of(self.envelope.type) if is_traced else None, n))
         if not self.is_scheduled:  # it may be for nobody
             self.is_scheduled = True
             self.call_soon(self.flush_method)
         return 0
 
-    cdef int _end_sample(self) except -1:
-        cdef double began = self.sampled_at, ended = self.clock()
-        cdef tuple traced = self.traced
-        self.sampled_at = 0
-        self.traced = None
-        self._observe(RELAY_SECONDS, ended - began)
-        if traced is not None:
-            try:
-                self.on_relayed(traced[0], traced[1], began, ended)
-            except Exception:
-                self.on_bug(None)
+    cdef int _end_picked(self) except -1:
+        cdef double ended = self.clock()
+        cdef list picked = self.picked
+        self.picked = []
+        for began, is_timed, type, n in picked:
+            if is_timed:
+                self._observe(RELAY_SECONDS, ended - began)
+            if type is not None:
+                try:
+                    self.on_relayed(type, n, began, ended)
+                except Exception:
+                    self.on_bug(None)
         return 0
 
     def stats(self):
@@ -2229,8 +2371,8 @@ cdef class Relay:
                 self._step(connection)
         if self.dirty_from == self.dirty_to:
             self.dirty_from = self.dirty_to = 0
-            if self.sampled_at:
-                self._end_sample()
+            if self.picked:
+                self._end_picked()
         while self.doomed:
             connection, code = self.doomed.pop()
             try:
@@ -2262,25 +2404,25 @@ cdef class Relay:
 
     # ---- input: the hot path
 
-    cdef int receive(self, Connection connection, const char *p, size_t n) except -1:
-        """One whole text message, borrowed for this call.
+    cdef int receive(self, Connection connection, const char *p, size_t n, bint is_utf8) except -1:
+        """One whole text message, borrowed for this call. `is_utf8`: that was seen already.
 
         A relayed message between local peers costs here: one scan, two look-ups, one copy. No Python object is made."""
         cdef int verdict
         cdef uint64_t *words
         cdef Message message
-        if connection.is_undecided:
-            return connection._keep(p, n)
-        verdict = fs_scan(p, n, &self.envelope)
+        if connection.diverted:
+            return connection._divert(p, n, is_utf8)
+        verdict = fs_scan_utf8(p, n, &self.envelope) if is_utf8 else fs_scan(p, n, &self.envelope)
         if verdict == FS_OK:
             self.kind = relayed_type(self.envelope.type.p, self.envelope.type.n)
             if self.kind >= 0:
                 words = self.words + self.kind
                 words[RECEIVED] += 1
                 words[RECEIVED_TEXT] += n
-                self.until_sample -= 1
-                if self.until_sample == 0:
-                    self._sample(n)
+                self.until_pick -= 1
+                if self.until_pick == 0:
+                    self._pick(n)
                 return self._relay(connection)
             message = message_of(&self.envelope)
             self._count_other(message.type, n)

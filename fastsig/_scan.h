@@ -1,7 +1,7 @@
 /* _scan.h: one strict pass over the JSON text of a message that finds its envelope.
  *
  * What it is: `fs_scan` answers whether the bytes are a well-formed message (PROTOCOL §3 and §3.6) and where its fields
- * stand. `fs_utf8_is_valid` and `fs_escape` are the two other things that the relay does with text. C11, libc only.
+ * stand. `fs_utf8_is_valid`, `fs_utf8_goes_on` and `fs_escape` are what else the relay does with text. C11, libc only.
  *
  * What it must not know: Python, picows, rooms, which types of message exist, what a payload means.
  *
@@ -223,6 +223,32 @@ static inline int fs_utf8_is_valid(const char *p, size_t n)
         } while (p < end && (unsigned char)*p >= 0x80);
     }
     return 1;
+}
+
+/* Text that comes in pieces: so many bytes of a sequence are to come, the next of them from low to high. Zeros at first;
+ * at the end of the text nothing may be missing. */
+typedef struct {
+    unsigned char missing, low, high;
+} fs_utf8;
+
+/* Whether the next piece can stand behind those before it: what no piece could make good is refused at once. */
+static inline int fs_utf8_goes_on(fs_utf8 *open, const char *p, size_t n)
+{
+    const char *const end = p + n;
+    for (;;) {
+        for (; open->missing && p < end; p++, open->missing--) {
+            if ((unsigned char)*p < open->low || (unsigned char)*p > open->high) return 0;
+            open->low = 0x80;
+            open->high = 0xbf;
+        }
+        if (!open->missing) p = fs_skip_ascii(p, end);
+        if (p == end) return 1;
+        const unsigned char lead = (unsigned char)*p++;
+        if (lead < 0xc2 || lead > 0xf4) return 0;
+        open->missing = lead < 0xe0 ? 1 : lead < 0xf0 ? 2 : 3;
+        open->low = lead == 0xe0 ? 0xa0 : lead == 0xf0 ? 0x90 : 0x80;
+        open->high = lead == 0xed ? 0x9f : lead == 0xf4 ? 0x8f : 0xbf;
+    }
 }
 
 /* ---- Strings ----------------------------------------------------------------------------------------------------- */
@@ -650,9 +676,9 @@ static inline int fs_refuse(fs_envelope *out, int verdict, fs_text room, fs_text
     return verdict;
 }
 
-/* One of the verdicts. With FS_BAD_MESSAGE and FS_TOO_LARGE `room` and `id` are there if they themselves were good, so
- * that the error can name them; all else is absent unless the verdict is FS_OK. */
-static inline int fs_scan(const char *message, size_t n, fs_envelope *out)
+/* One of the verdicts, for text that is known to be UTF-8. With FS_BAD_MESSAGE and FS_TOO_LARGE `room` and `id` are there
+ * if they themselves were good, so that the error can name them; all else is absent unless the verdict is FS_OK. */
+static inline int fs_scan_utf8(const char *message, size_t n, fs_envelope *out)
 {
     const fs_text absent = {NULL, 0};
     const fs_input in = {message, message + n};
@@ -660,7 +686,6 @@ static inline int fs_scan(const char *message, size_t n, fs_envelope *out)
     out->scratch_used = 0;
     fs_refuse(out, FS_OK, absent, absent);
     if (n > UINT32_MAX) return FS_TOO_LARGE; /* a text could not say its length; real messages are limited before */
-    if (!fs_utf8_is_valid(message, n)) return FS_BAD_UTF8;
 
     const char *p = fs_skip_space(in, message);
     const int is_object = p < in.end && *p == '{';
@@ -672,6 +697,13 @@ static inline int fs_scan(const char *message, size_t n, fs_envelope *out)
         return fs_refuse(out, FS_BAD_MESSAGE, out->room, out->id);
     if (progress.faults) return fs_refuse(out, FS_TOO_LARGE, out->room, out->id);
     return FS_OK;
+}
+
+/* The same for any bytes. */
+static inline int fs_scan(const char *message, size_t n, fs_envelope *out)
+{
+    const fs_text absent = {NULL, 0};
+    return fs_utf8_is_valid(message, n) ? fs_scan_utf8(message, n, out) : fs_refuse(out, FS_BAD_UTF8, absent, absent);
 }
 
 /* Writes valid UTF-8 as a JSON string with its quotes; `out` has room for 6 * n + 2 bytes; the length. */

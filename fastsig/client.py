@@ -29,7 +29,7 @@ from typing import Any, Final, NamedTuple, Self, TypeAlias
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit, urlunsplit
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, Struct
 from msgspec.json import Decoder
 from picows import WSAutoPingStrategy, WSCloseCode, WSFrame, WSHandshakeError, WSListener, WSMsgType, WSTransport
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # as in `connection`; ws_connect leaks what is cancelled
@@ -93,7 +93,7 @@ class UnreachableError(ClientError):
 
 
 class DisconnectedError(ClientError):
-    """The connection was lost, or nothing came, before a message was acknowledged: it may have been delivered."""
+    """The connection was lost, or nothing came, before the server answered: what was asked for may have been done."""
 
 
 class ClosedError(ClientError):
@@ -187,17 +187,31 @@ class Entered(Struct, frozen=True):
     peers: dict[str, Peer]
 
 
-class Acked(Struct, frozen=True):
-    """The answer to a message with an id. `delivered`, `queued`: to how many."""
+class TokenExpiring(Struct, frozen=True):
+    """Our token is good for `in_s` seconds more: `Room.refresh`."""
+
+    in_s: float
+
+
+class Answer(Struct, frozen=True):
+    """To the request with this id. `value`: to how many peers a message went, how many seconds a token is good for."""
 
     id: str
-    delivered: int = 0
-    queued: int = 0
+    value: float = 0
 
 
-Event: TypeAlias = Message | PeerJoined | PeerLeft | PeerUpdated | Rejoined | Refused
+Event: TypeAlias = Message | PeerJoined | PeerLeft | PeerUpdated | Rejoined | Refused | TokenExpiring
 Heard: TypeAlias = (
-    Message | PeerJoined | PeerLeft | PeerUpdated | Refused | Entered | Acked | WelcomePayload | Departure
+    Message
+    | PeerJoined
+    | PeerLeft
+    | PeerUpdated
+    | Refused
+    | TokenExpiring
+    | Entered
+    | Answer
+    | WelcomePayload
+    | Departure
 )
 
 
@@ -221,9 +235,16 @@ class _Counts(Struct):
     queued: int = 0
 
 
+class _Left(Struct, rename={"in_s": "in"}):
+    """Seconds left of the token: in `refreshed`, in `token-expiring`."""
+
+    expires_in: float = 0
+    in_s: float = 0
+
+
 class _Request(Struct, omit_defaults=True):
     type: str
-    room: str | UnsetType = UNSET
+    room: str | None = None
     sender: str | None = None
     recipient: str | list[str] | None = None
     id: str | None = None
@@ -234,13 +255,16 @@ _encode = msgspec.json.Encoder().encode
 _json = Decoder().decode
 _ENVELOPE: Final = Decoder(_Envelope)
 # Type -> what its payload is, and what it becomes. `left` is not here: a close follows, which says why. Nor is what
-# this client does not ask for: `pong`, `kicked`, `refreshed`.
+# this client does not ask for: `pong`.
 _READERS: Final[Mapping[str, tuple[Decoder[Any], "Callable[[_Envelope, Any], Heard]"]]] = {
     "joined": (Decoder(Roster), lambda it, room: Entered(it.sender, room.n, _roster(room))),
     "peer-joined": (Decoder(Newcomer), lambda it, who: PeerJoined(it.sender, who.n, _json(who.meta), who.trace)),
     "peer-left": (Decoder(Leaver), lambda it, who: PeerLeft(it.sender, who.n, who.reason)),
     "peer-updated": (Decoder(Updated), lambda it, who: PeerUpdated(it.sender, who.n, _json(who.meta))),
-    "ack": (Decoder(_Counts), lambda it, counts: Acked(it.id or "", counts.delivered, counts.queued)),
+    "ack": (Decoder(_Counts), lambda it, counts: Answer(it.id or "", counts.delivered + counts.queued)),
+    "kicked": (Decoder(), lambda it, nothing: Answer(it.id or "")),
+    "refreshed": (Decoder(_Left), lambda it, left: Answer(it.id or "", left.expires_in)),
+    "token-expiring": (Decoder(_Left), lambda it, left: TokenExpiring(left.in_s)),
     "go-away": (Decoder(Departure), lambda it, departure: departure),
     "welcome": (Decoder(WelcomePayload), lambda it, welcome: welcome),
 }
@@ -413,6 +437,7 @@ class _Link(WSListener):
             if not transport.is_close_frame_sent:
                 transport.send(WSMsgType.CLOSE, payload[:2])
             transport.disconnect()
+            asyncio.get_running_loop().call_later(CLOSE_S, self.abort)  # it may read no more of what we still send
             self._lose(self)
         elif frame.msg_type in (WSMsgType.TEXT, WSMsgType.CONTINUATION) and not transport.is_close_frame_sent:
             self._fragments.append(frame.get_payload_as_bytes())
@@ -451,7 +476,6 @@ async def _first_of(*futures: "asyncio.Future[Any]") -> None:
 class _Settings(NamedTuple):
     url: str
     name: str
-    token: Token
     ack: bool
     max_events: int
     open_timeout_s: float
@@ -478,17 +502,18 @@ def connect(  # noqa: PLR0913 (keywords, each with a default)
     `meta`: JSON that the others see. `ack`: `send` and `broadcast` wait until the server has passed the message on,
     and raise if it refuses it. `backoff`: base and cap in seconds. Raises ValueError for a bad URL.
     """
-    settings = _Settings(place(url, room), room, token, ack, max(2, max_events), open_timeout_s, backoff, ssl)
-    return Room(settings, id, meta)
+    settings = _Settings(place(url, room), room, ack, max(2, max_events), open_timeout_s, backoff, ssl)
+    return Room(settings, id, token, meta)
 
 
 class Room(AsyncIterator[Event]):
     """One membership. Iterating gives events; it ends when we left, and raises ClosedError when the server ended it."""
 
-    def __init__(self, settings: _Settings, id: str | None, meta: Any) -> None:
+    def __init__(self, settings: _Settings, id: str | None, token: Token, meta: Any) -> None:
         self._settings = settings
         self._id = id
         self._n = 0
+        self._token = token
         self._meta = meta
         self._peers: dict[str, Peer] = {}
         self._events: deque[Event] = deque()
@@ -499,7 +524,7 @@ class Room(AsyncIterator[Event]):
         self._was_joined = False
         self._joined = asyncio.Event()  # `_link` is in the room, or it is over
         self._turn = asyncio.Lock()  # messages go out in the order of their calls
-        self._acks: dict[str, asyncio.Future[int] | None] = {}  # None: not sent yet
+        self._answers: dict[str, asyncio.Future[float] | None] = {}  # None: not asked yet
         self._count = 0
         self._trouble: ClientError | None = None  # why the latest attempt failed
         self._over: ClientError | None = None
@@ -559,6 +584,28 @@ class Room(AsyncIterator[Event]):
         payload = ReportPayload(outcome, ms, local, remote, protocol)
         await self._write(self._encode("report", recipient=peer, payload=payload))
 
+    async def refresh(self, token: str) -> float:
+        """Go on with a new token for the same subject: for how many seconds, says the server.
+
+        Later connections bring it too, unless a function gives theirs. Raises RefusedError (the old one stays),
+        DisconnectedError, ClosedError.
+        """
+        before = self._token
+        if not callable(before):
+            self._token = token
+        try:
+            return await self._ask("refresh", room=None, payload={"token": token})
+        except RefusedError:
+            self._token = before
+            raise
+
+    async def kick(self, peer: str, seconds: int | None = None) -> None:
+        """Throw a peer out and refuse its id for so long, None: as long as the server likes. Needs the grant `admin`.
+
+        Raises RefusedError (`forbidden`, `peer_unavailable`), DisconnectedError, ClosedError.
+        """
+        await self._ask("kick", recipient=peer, payload=UNSET if seconds is None else {"seconds": seconds})
+
     async def aclose(self) -> None:
         """Leave and close; idempotent. The block does it by itself."""
         if self._task is not None:
@@ -606,30 +653,34 @@ class Room(AsyncIterator[Event]):
     # ---- what is said
 
     def _encode(self, type: str, **fields: Any) -> bytes:
-        return _encode(_Request(type, self._settings.name, **fields))
+        return _encode(_Request(type, **({"room": self._settings.name} | fields)))
 
     async def _relay(self, recipient: str | list[str] | None, type: str, payload: Any, id: str | None) -> int | None:
         if not is_relayed(type):
             raise ValueError(f"{type!r} is not relayed: offer, answer, ice-candidate, message or x-…")
-        if not self._settings.ack:
-            await self._write(self._encode(type, recipient=recipient, payload=payload, id=id))
-            return None
+        if self._settings.ack:
+            return int(await self._ask(type, recipient=recipient, payload=payload, id=id))
+        await self._write(self._encode(type, recipient=recipient, payload=payload, id=id))
+        return None
+
+    async def _ask(self, type: str, *, id: str | None = None, **fields: Any) -> float:
+        """Say it, and wait for the answer that has its id."""
         self._count += 1
         name = id or f"~{self._count}"
-        if name in self._acks:
+        if name in self._answers:
             raise ValueError(f"a message with the id {name!r} is on its way already")
-        text = self._encode(type, recipient=recipient, payload=payload, id=name)
-        self._acks[name] = None
+        text = self._encode(type, id=name, **fields)
+        self._answers[name] = None
         try:
             await self._write(text)
-            answer: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-            self._acks[name] = answer  # nothing was awaited since it was written
+            answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+            self._answers[name] = answer  # nothing was awaited since it was written
             async with asyncio.timeout(ANSWER_S):
                 return await answer
         except TimeoutError:
-            raise DisconnectedError("timed_out", "The message was not acknowledged.", retry=True) from None
+            raise DisconnectedError("timed_out", "There was no answer.", retry=True) from None
         finally:
-            del self._acks[name]
+            del self._answers[name]
 
     async def _write(self, text: bytes) -> None:
         if self._task is None:
@@ -663,13 +714,13 @@ class Room(AsyncIterator[Event]):
                 if not link.departure.done():
                     link.departure.set_result(heard)
                 return
-            case Acked():
-                self._answer(heard.id, heard.delivered + heard.queued)
+            case Answer():
+                self._answer(heard.id, heard.value)
                 return
             case Refused() if not link.entered.done():  # nothing but hello and join were said
                 self._refuse(link, heard.as_error())
                 return
-            case Refused(id=str(name)) if name in self._acks:
+            case Refused(id=str(name)) if name in self._answers:
                 self._answer(name, heard.as_error())
                 return
             case PeerJoined(peer=peer) | PeerUpdated(peer=peer):
@@ -678,8 +729,8 @@ class Room(AsyncIterator[Event]):
                 self._peers.pop(peer, None)
         self._put(heard)
 
-    def _answer(self, id: str, answer: int | ClientError) -> None:
-        waiting = self._acks.get(id)
+    def _answer(self, id: str, answer: float | ClientError) -> None:
+        waiting = self._answers.get(id)
         if waiting is None or waiting.done():
             return
         if isinstance(answer, ClientError):
@@ -728,8 +779,8 @@ class Room(AsyncIterator[Event]):
             return
         self._link = None
         self._joined.clear()
-        lost = "The connection was lost before the message was acknowledged."
-        for name in self._acks:
+        lost = "The connection was lost before the answer came."
+        for name in self._answers:
             self._answer(name, DisconnectedError("disconnected", lost, retry=True))
 
     # ---- the life of connections
@@ -767,7 +818,7 @@ class Room(AsyncIterator[Event]):
 
     async def _one(self) -> float | None:
         """One connection, to its end. Seconds to wait as the server asked for, else None. Raises ClientError."""
-        token = await self._settings.token() if callable(self._settings.token) else self._settings.token
+        token = await self._token() if callable(self._token) else self._token
         link = _Link(self._hear, self._lose)
         try:
             try:
@@ -778,7 +829,7 @@ class Room(AsyncIterator[Event]):
             _log.info("joined with %d peers", len(self._peers))
             return await self._stay(link)
         except RefusedError as trouble:
-            if trouble.code == "token_expired" and callable(self._settings.token):
+            if trouble.code == "token_expired" and callable(self._token):
                 raise RefusedError(trouble.code, CATALOGUE[trouble.code].sentence, retry=True) from trouble
             raise
         finally:
@@ -819,5 +870,5 @@ class Room(AsyncIterator[Event]):
 
     def _check(self, code: int | None) -> None:
         """Raises ClosedError where a close code is the end of it."""
-        if not reconnects(code) or (code == CloseCode.TOKEN_EXPIRED and not callable(self._settings.token)):
+        if not reconnects(code) or (code == CloseCode.TOKEN_EXPIRED and not callable(self._token)):
             raise closed(code)

@@ -110,7 +110,11 @@ class Server:
         "Folder of the socket that fastsig status asks; empty: $XDG_RUNTIME_DIR/fastsig, else a temporary one.",
         has_effect=True,
     )
-    echo_path: str = _option("", "Path that echoes, for conformance tests from loopback; empty: none.")
+    echo_path: str = _option(
+        "",
+        "Path of a WebSocket that echoes, for conformance tests: only to loopback, through no proxy; empty: none.",
+        has_effect=True,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -658,7 +662,7 @@ messages_per_s = 100
 - "Reloads" means that a running server takes a new value when it gets SIGHUP. Flags and environment are those of its
   start, the file is read anew; one that cannot be used changes nothing, and the log says why. Options that do not
   reload keep their value, and the log names them. `message_bytes`, `handshake_seconds` and `first_message_seconds`
-  hold for connections that are made afterwards, the others for all.
+  hold for connections that are made afterwards (an older one may get the new `message_bytes` too), the others for all.
 """
 
 

@@ -13,6 +13,7 @@ import base64
 import binascii
 import contextlib
 import hashlib
+import ipaddress
 import os
 import re
 import resource
@@ -31,7 +32,7 @@ from picows import WSAutoPingStrategy
 from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its stub, yet what api.py builds on
 
 from . import logs, metrics
-from ._relay import Connection, Relay
+from ._relay import Connection, Relay, trim
 from .errors import HttpError
 from .protocol import SUBPROTOCOL
 
@@ -40,11 +41,14 @@ _log = logs.get("fastsig.connection")
 HEAD_BYTES: Final = 16384
 HEADERS: Final = 128
 # What the kernel keeps unread per connection, set on listening sockets. It bounds what one read loop takes, and so what
-# picows' buffer grows to and keeps: 2.3 MiB per connection after a burst with the kernel's default, 0.1 MiB with this.
+# picows' buffer grows to (until `Edge.renew`): 2.3 MiB per connection after a burst with the kernel's default, 0.1 so.
 RECEIVE_BYTES: Final = 65536
 ACCEPTS_PER_TURN: Final = 32
 SPARE_DESCRIPTORS: Final = 64  # for links, full sockets that are watched, connections that are passed on
 REST_S: Final = 0.1
+# From the first read buffer that is given up to when the system gets the memory of all back: 0.1 ms per MiB, and what
+# it got back is not looked at again.
+TRIM_S: Final = 10.0
 READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -60,6 +64,7 @@ _REPLAYED: Final = (
 _RESULTS: Final = metrics.indexes("handshakes_total")
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
+_FORWARDED: Final = frozenset({"forwarded", "via", "x-real-ip"})  # and whatever begins with x-forwarded
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +107,8 @@ def read_head(data: bytes) -> Head:
             raise _bad_request("A header line is malformed.")
         headers.setdefault(parts[1].decode("ascii").lower(), []).append(parts[2].strip(b" \t").decode("latin-1"))
     head = Head(method, path, query, headers)
-    if "transfer-encoding" in headers or (head.one("content-length") or "0").strip("0"):
+    length = head.one("content-length")
+    if "transfer-encoding" in headers or (length is not None and (not length or length.strip("0"))):
         raise _bad_request("A request here has no body.")
     if len(headers.get("host", ())) != 1:
         raise _bad_request("The header host must be given once.")
@@ -181,8 +187,18 @@ class _Tracer(Protocol):
     def begin(self, trace: str | None) -> _Request: ...
 
 
+def is_local(head: Head, peername: object) -> bool:
+    """Did somebody on this machine send it, as far as one can see? What a proxy here passes on mostly says so."""
+    if any(name in _FORWARDED or name.startswith("x-forwarded") for name in head.headers):
+        return False
+    if not isinstance(peername, tuple):
+        return False
+    address = ipaddress.ip_address(peername[0].partition("%")[0])
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
 class Door:
-    """What a request may open: the path of the WebSocket, health. One per worker.
+    """What a request may open: the path of the WebSocket, the one that echoes, health. One per worker.
 
     `pass_on(handshake, room, received)`: is another worker asked to serve this connection, because it owns the room?
     Then either `Handshake.let_go` or `Handshake.serve` follows. `tracer`: hears of handshakes, where traces are wanted.
@@ -193,12 +209,12 @@ class Door:
         relay: Relay,
         *,
         path: str,
-        message_bytes: int,
+        echo_path: str = "",
         pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
     ) -> None:
         self.relay = relay
         self.path = path
-        self.message_bytes = message_bytes
+        self.echo_path = echo_path
         self.pass_on = pass_on
         self.tracer: _Tracer | None = None
         self.is_ready = True
@@ -226,7 +242,11 @@ class Door:
             end.close()
             _log.debug("cannot_serve", reason=str(task.cancelled() or task.exception()))
 
-    def answer(self, head: Head) -> tuple[bytes, str | None]:
+    def is_for_echo(self, head: Head) -> bool:
+        """Does it ask for the path that echoes?"""
+        return head.path == self.echo_path  # "" is no request's
+
+    def answer(self, head: Head, peername: object) -> tuple[bytes, str | None]:
         """The answer to a request, 101 (then frames follow) or whole; and for which room. Raises HttpError."""
         if head.method != "GET":
             raise HttpError("method_not_allowed", "Only GET is answered here.", headers="Allow: GET\r\n")
@@ -236,9 +256,12 @@ class Door:
             if not self.is_ready:
                 raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
             return http_response(200, b"OK\n", content_type="text/plain"), None
-        if head.path != self.path:
+        is_for_echo = self.is_for_echo(head)
+        if is_for_echo and not is_local(head, peername):
+            raise HttpError("forbidden", "This is for tests on the server's own machine.")
+        if not is_for_echo and head.path != self.path:
             raise HttpError("not_found", "There is nothing here.")
-        room = room_in(head.query)
+        room = None if is_for_echo else room_in(head.query)
         accept, subprotocol = accept_key(head)
         if not self.is_ready:
             raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
@@ -290,9 +313,10 @@ class Handshake(asyncio.Protocol):
             if end < 0:
                 raise _bad_request("The request head is too long.")
             head = read_head(received[:end])
+            peername = self._transport.get_extra_info("peername")
             if self._request is not None:
-                self._request.read(head.headers.get("traceparent", ()), self._transport.get_extra_info("peername"))
-            answer, room = self._door.answer(head)
+                self._request.read(head.headers.get("traceparent", ()), peername)
+            answer, room = self._door.answer(head, peername)
             if room is not None and self._pass_on is not None and self._pass_on(self, room, received):
                 self._transport.pause_reading()  # not a byte more: whoever serves it gets what was read
                 return
@@ -305,7 +329,7 @@ class Handshake(asyncio.Protocol):
             )
         else:
             if answer.startswith(b"HTTP/1.1 101"):
-                self._upgrade(answer, received[end + 4 :])
+                self._upgrade(answer, received[end + 4 :], is_for_echo=self._door.is_for_echo(head))
             else:
                 self._connection.send_last(answer)
 
@@ -342,17 +366,14 @@ class Handshake(asyncio.Protocol):
         if self._request is not None:
             self._request.end(self._connection, refusal.code)
 
-    def _upgrade(self, answer: bytes, tail: bytes) -> None:
+    def _upgrade(self, answer: bytes, tail: bytes, *, is_for_echo: bool) -> None:
         """The hand-over to picows. What came pipelined behind the head are frames already."""
         connection = self._connection
-        websocket = WSProtocol(
-            None, None, False, lambda request: connection, _SILENT, True, None,
-            False, 20, 20, WSAutoPingStrategy.PING_WHEN_IDLE, False, self._door.message_bytes, None, READ_BUFFER_BYTES,
-        )  # fmt: skip
-        websocket.connection_made(connection)
-        _feed(websocket, _REPLAYED, connection)
+        websocket = new_websocket(connection)
         connection.send_raw(answer)
         connection.open()
+        if is_for_echo:
+            connection.echo()
         self._transport.set_protocol(websocket)
         self._received = b""
         if self._request is not None:
@@ -365,6 +386,17 @@ class Handshake(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connection.lost()
+
+
+def new_websocket(connection: Connection) -> Any:
+    """A picows protocol for it that awaits a frame. While it is made, `connection` must be in its handshake."""
+    websocket = WSProtocol(
+        None, None, False, lambda request: connection, _SILENT, True, None, False, 20, 20,
+        WSAutoPingStrategy.PING_WHEN_IDLE, False, connection.relay.message_bytes, None, READ_BUFFER_BYTES,
+    )  # fmt: skip
+    websocket.connection_made(connection)
+    _feed(websocket, _REPLAYED, connection)
+    return websocket
 
 
 def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
@@ -543,6 +575,7 @@ class Edge:
         # A duplicate descriptor each, since uvloop watches no transport's own; -1 where there was none to be had.
         self._watched: dict[Connection, int] = {}
         self._unwatched = 0
+        self._is_trimming = False
 
     def block(self, connection: Connection) -> None:
         """Call `connection.writable()` whenever its socket takes bytes, until `unblock`."""
@@ -585,6 +618,18 @@ class Edge:
     def discard(self, connection: Connection) -> None:
         """Throw away what still comes from that peer."""
         connection.transport.set_protocol(Discard(connection))
+
+    def renew(self, connection: Connection) -> None:
+        """Let picows begin anew. It may be in the midst of a read: the old protocol gets nothing more, and the loop
+        holds it until it returns."""
+        connection.transport.set_protocol(new_websocket(connection))
+        if not self._is_trimming:
+            self._is_trimming = True
+            self._loop.call_later(TRIM_S, self._trim)
+
+    def _trim(self) -> None:
+        self._is_trimming = False
+        trim()
 
     def linger(self, connection: Connection) -> None:
         """The last byte is with the kernel: say so (FIN) and wait for the peer's; the wheel ends it in 2 s."""

@@ -129,6 +129,7 @@ CATALOGUE: Final = _catalogue(
 # Refusals before the upgrade (PROTOCOL §2); the body is one JSON error object with the code.
 HTTP_STATUS: Final = {
     "bad_request": 400,
+    "forbidden": 403,
     "not_found": 404,
     "method_not_allowed": 405,
     "draining": 503,

@@ -9,6 +9,7 @@ Must not know: processes, HTTP. Imports prometheus_client, so it is imported lat
 
 import importlib.metadata
 import platform
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -59,6 +60,7 @@ _OF_PROCESSES: Final = {
     "process_open_fds": "open_fds",
     "process_max_fds": "max_fds",
 }
+_VERSION: Final = re.compile(r".+; version=[0-9]\.[0-9]\.[0-9](;.*)?")
 
 
 class Exposition(Collector):
@@ -73,7 +75,7 @@ class Exposition(Collector):
 
     def render(self, accept: str) -> tuple[bytes, str]:
         """The page and its content type, for a client with this Accept header."""
-        encoder, content_type = choose_encoder(accept)
+        encoder, content_type = _encoder(accept)
         return encoder(self._registry), content_type
 
     def describe(self) -> Iterable[Metric]:
@@ -102,6 +104,15 @@ class Exposition(Collector):
         for name, field in _OF_PROCESSES.items():
             yield _known(name, ((labels, getattr(used, field)) for labels, used in usage))
         yield _known("build_info", [(self._build, 1)])
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    """Text for whoever asks for a version that is none: 0.26 compares it as it is, or repeats it to the client."""
+    try:
+        encoder, content_type = choose_encoder(accept)
+    except (TypeError, ValueError):
+        return choose_encoder("")
+    return (encoder, content_type) if _VERSION.fullmatch(content_type) else choose_encoder("")
 
 
 def _known(name: str, samples: Iterable[tuple[Sequence[str], float]]) -> Metric:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 TURN_S: Final = 5.0
-SILENT_S: Final = 30.0  # a worker is killed long before (`fleet`): one that is silent for longer does not even die
+SILENT_S: Final = 40.0  # a worker is killed long before (`fleet`: 10 s; 30 s for a start): this one does not even die
 
 State = Literal["serving", "starting", "stuck", "draining", "absent"]
 Phase = Literal["starting", "serving", "draining"]

@@ -76,11 +76,12 @@ class _Request(NamedTuple):
 
 
 class _Tracer(Protocol):
-    """What `tracing` hears from here. Each join ends by `joined`, `refused` or `withdrawn`."""
+    """What `tracing` hears from here. A join ends by the first `joined`, `refused`, `failed` or `withdrawn`."""
 
     def join(self, connection: Connection, trace: str | None) -> None: ...
     def joined(self, connection: Connection) -> None: ...
     def withdrawn(self, connection: Connection) -> None: ...
+    def failed(self, connection: Connection) -> None: ...
     def refused(self, connection: Connection | None, code: str) -> None: ...
     def relayed(self, type: str, size: int, began: float, ended: float) -> None: ...
 
@@ -135,6 +136,16 @@ class Hub:
         """New limits: those who are above one already stay."""
         self._limits = self.rooms.limits = limits
 
+    def stats(self) -> dict[str, int]:
+        """How long its tables are, by name."""
+        links = self._neighbours.values()
+        return {
+            "joins_undecided": len(self._requests),
+            "departed": len(self._left),
+            "links": sum(neighbour.link is not None for neighbour in links),
+            "link_buffer_bytes": sum(neighbour.waiting_bytes for neighbour in links),
+        }
+
     def handle(self, word: type, handler: Callable[[Neighbour, Any], None]) -> None:
         """Who hears a word that is not about members."""
         self._words[word] = handler
@@ -187,8 +198,8 @@ class Hub:
         number = self._asking.get(connection)
         if number is not None:
             self._withdraw(number)
-            if self.tracer is not None:
-                self.tracer.withdrawn(connection)
+        if self.tracer is not None:
+            self.tracer.withdrawn(connection)
 
     def report_bug(self, connection: Connection | None) -> None:
         """An exception that nobody meant reached the relay: ours to mend, 1011 for that connection alone.
@@ -199,6 +210,8 @@ class Hub:
             _log.exception("internal_error")
         else:
             _log.exception("internal_error", connection=self._name(connection), peer=connection.peer)
+            if self.tracer is not None:
+                self.tracer.failed(connection)
 
     def relayed(self, type: str, size: int, began: float, ended: float) -> None:
         """A relay that was picked for a trace: so many bytes, and when, in monotonic seconds."""

@@ -6,10 +6,11 @@ A line has `ts` (UTC, RFC 3339), `level`, `event`, `logger`, then the fields: as
 Never logged: tokens, secrets, payloads (SDP, candidates). Never on the hot path: even a call that is filtered out costs
 0.15 µs. Logging never raises, blocks or fails its caller: what cannot be shown is named, what cannot be written at once
 is lost, counted, and said in `lines_lost` before the next line that can. Nor does it flood: of each event `FLOOD_LINES`
-are written in a second, the rest is counted and said (`Flood`).
+are written in a second, the rest is counted and said (`Flood`). Any thread may log.
 Must not know: what any event means to the rest of the program.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -18,8 +19,9 @@ import os
 import select
 import stat
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
@@ -66,7 +68,8 @@ EVENTS: Final[dict[str, str]] = {
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # traces
-    "spans_lost": "The collector did not take `spans` since this was last said, for `reason`; once a minute at most.",
+    "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"
+    " was last said, for `reason`; once a minute at most.",
     # all
     "internal_error": "A bug in fastsig, with its traceback in `exception`. Please report it.",
     "lines_lost": "So many `lines` of this process's log were lost: whoever is to read them did not take them in time.",
@@ -79,6 +82,7 @@ PIECE_BYTES: Final = 4096  # a pipe that has any room takes so many at once (PIP
 
 FLOOD_LINES: Final = 20  # of one event at one level, in one process
 FLOOD_S: Final = 1.0
+TURN_S: Final = 1.0  # no longer does a thread wait for another's line
 
 _DEPTH: Final = 4  # of lists in lists
 _COLOURS: Final = {"trace": "2", "debug": "2", "info": "32", "warning": "33", "error": "31"}
@@ -107,16 +111,22 @@ class Logger(structlog.BoundLoggerBase):
         self._say("error", event, {"exc_info": True} | fields)
 
     def _say(self, level: str, event: str, fields: dict[str, Any]) -> None:
-        if LEVELS[level] < _output.least:
-            return
+        if LEVELS[level] >= _output.least:
+            with _output.turn():
+                self._say_now(level, event, fields)
+
+    def _say_now(self, level: str, event: str, fields: dict[str, Any]) -> None:
         now = _output.clock()
         left_out = _output.flood.admit(level, event, now)
         if left_out is None:
             return
         for of_level, of_event, lines in _output.flood.take_ended(now):
-            _log._say(of_level, "lines_suppressed", {"of": of_event, "lines": lines})  # noqa: SLF001 (one of us)
+            _log._write(of_level, "lines_suppressed", {"of": of_event, "lines": lines})  # noqa: SLF001 (one of us)
         if left_out:
             fields["suppressed"] = left_out
+        self._write(level, event, fields)
+
+    def _write(self, level: str, event: str, fields: dict[str, Any]) -> None:
         (line,), _ = self._process_event(level, event, fields)
         _output.write(line)
 
@@ -159,7 +169,8 @@ def document() -> str:
 class Flood:
     """Lets the first `FLOOD_LINES` of each (level, event) pass in each `FLOOD_S`, from the first of them on.
 
-    Pure: `now` is monotonic seconds. As many entries as there are levels and events.
+    Pure: `now` is monotonic seconds. As many entries as there are levels and events. For one thread at a time; what is
+    called in the middle of a call (a finalizer that logs) finds it in order.
     """
 
     def __init__(self) -> None:
@@ -179,8 +190,8 @@ class Flood:
 
     def take_ended(self, now: float) -> list[tuple[str, str, int]]:
         """Level, event and lines left out of the floods that are over: no line of theirs has come since to say it."""
-        ended = [key for key in self._left_out if now - self._seen[key][0] >= FLOOD_S]
-        return [(*key, self._left_out.pop(key)) for key in ended]
+        ended = [key for key in list(self._left_out) if now - self._seen[key][0] >= FLOOD_S]
+        return [(*key, lines) for key in ended if (lines := self._left_out.pop(key, 0))]
 
 
 @dataclass(slots=True)
@@ -196,6 +207,17 @@ class _Output:
     flood: Flood = field(default_factory=Flood)
     lost: int = 0  # lines since the last one that was written
     is_cut: bool = False  # the last one was, in its middle
+    lock: threading.RLock = field(default_factory=threading.RLock)  # what is shown may itself log
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread after the other; at the end of the process one may have been stopped in the middle of its line."""
+        is_ours = self.lock.acquire(timeout=TURN_S)
+        try:
+            yield
+        finally:
+            if is_ours:
+                self.lock.release()
 
     def write(self, line: str) -> None:
         """One write per line, so that lines of several processes do not mix (up to 4 KiB in a pipe)."""
@@ -286,6 +308,10 @@ class _Diverted(logging.Handler):
 
 class _Folded(logging.Handler):
     """Python's logging as events of ours."""
+
+    def createLock(self) -> None:  # noqa: N802 (the logging module's name)
+        """None: who has it would wait for `_Output.lock`, and who has that may log through here (a finalizer)."""
+        self.lock = None
 
     def emit(self, record: logging.LogRecord) -> None:
         message = _message(record)

@@ -182,7 +182,7 @@ class Supervisor:
             while not self._events.empty():  # an early signal: nothing is started then
                 self._handle(self._events.get_nowait())
             self._start_due()
-            await self._open_operations(operators)
+            self._open_operations(operators)
             while not self._fleet.is_over:
                 self._start_due()
                 self._handle(await self._next_event())
@@ -392,13 +392,13 @@ class Supervisor:
 
     # Who asks how it is
 
-    async def _open_operations(self, operators: list[socket.socket]) -> None:
+    def _open_operations(self, operators: list[socket.socket]) -> None:
         if not operators or self._fleet.is_over:
             return
         from .ops import Operations  # noqa: PLC0415 # 0.15 s, while the workers start, and 13 MiB
 
         self._operations = Operations(self._overview, self._config.ops)
-        await self._operations.open(operators)
+        self._operations.open(operators)
         _log.info("operations", urls=[f"http://{listeners.name(end.getsockname())}" for end in operators])
 
     async def _open_service(self) -> Service:

@@ -10,21 +10,22 @@ hashes of the real ones, or a stranger would choose an id that is in the share. 
 so is their choice.
 
 Invariants: an attribute is from a closed set or a number of ours, never what a peer or its address is called. A
-collector that is slow or gone costs spans, which wait in a queue with an end, and nothing else.
+collector that is slow or gone costs spans, which wait in a queue with an end, and nothing else; all that are lost are
+counted. No peer makes spans without end: joins have a limit of their own, of errors so many a second are recorded.
 """
 
 import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, Final, Protocol
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.environment_variables import OTEL_SDK_DISABLED
+from opentelemetry.sdk.environment_variables import OTEL_BSP_MAX_QUEUE_SIZE, OTEL_SDK_DISABLED
 from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
@@ -50,6 +51,7 @@ from .routing import Place
 _log = logs.get("fastsig.tracing")
 
 COMPLAIN_S: Final = 60.0
+QUEUE_SPANS: Final = 2048  # OTEL_BSP_MAX_QUEUE_SIZE, where that is not set
 RELAYED_TYPES: Final = frozenset({"offer", "answer", "ice-candidate", "message"})
 
 _NOWHERE: Final = Context()  # a span begun here has no parent
@@ -80,7 +82,7 @@ def start(config: Config, place: Place) -> "Tracer | None":
     if os.environ.get(OTEL_SDK_DISABLED, "").strip().lower() == "true":
         return None
     try:
-        return Tracer(config, place, BatchSpanProcessor(_Exporter()))
+        return Tracer(config, place, _Queue())
     except ValueError as error:
         raise ConfigError(f"tracing: a variable OTEL_… cannot be used: {error}") from error
 
@@ -88,7 +90,11 @@ def start(config: Config, place: Place) -> "Tracer | None":
 class Tracer:
     """The spans of one worker, the one at `place`, given to `processor`."""
 
-    def __init__(self, config: Config, place: Place, processor: SpanProcessor) -> None:
+    def __init__(
+        self, config: Config, place: Place, processor: SpanProcessor, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._clock = clock
+        self._errors = logs.Flood()
         slot = place.address.slot
         self._life = f"{slot}.{place.generation}"
         own = Resource.create({"service.name": "fastsig", "service.version": __version__, "fastsig.worker": slot})
@@ -140,21 +146,22 @@ class Tracer:
         self._end_join(connection.trace, "joined")
 
     def withdrawn(self, connection: _Connection) -> None:
-        """The peer went while its join was undecided."""
+        """The peer goes, or only its join is given up, if that is undecided."""
         self._end_join(connection.trace, "withdrawn")
+
+    def failed(self, connection: _Connection) -> None:
+        """A bug of ours ends the connection, and its join, if that is undecided."""
+        self._end_join(connection.trace, "internal")
 
     def refused(self, connection: _Connection | None, code: str) -> None:
         """A peer was told an error: of its join, if that is undecided. None: the peer is another worker's."""
         traced: _Traced | None = None if connection is None else connection.trace
-        if traced is None:
-            span = self.span("error", _NOWHERE, code=code)
-        elif traced.join is not None:
+        if traced is not None and traced.join is not None:
             self._end_join(traced, code)
             return
-        else:
-            span = self.span("error", _within(traced.latest), connection=traced.name, code=code)
-        span.set_status(Status(StatusCode.ERROR))
-        span.end()
+        left_out = self._errors.admit("error", code, self._clock())
+        if left_out is not None:
+            self._error(traced, code, left_out)
 
     def relayed(self, type: str, size: int, began: float, ended: float) -> None:
         """A message of so many bytes was relayed between these two moments, in monotonic seconds."""
@@ -189,6 +196,16 @@ class Tracer:
         is_recorded = parent.is_sampled if self._is_trusted(peername) else self._share.has(parent.trace_id)
         return _within(_remote(parent, is_recorded=is_recorded))
 
+    def _error(self, traced: _Traced | None, code: str, left_out: int) -> None:
+        if traced is None:
+            span = self.span("error", _NOWHERE, code=code)
+        else:
+            span = self.span("error", _within(traced.latest), connection=traced.name, code=code)
+        if left_out:
+            span.set_attribute("fastsig.suppressed", left_out)
+        span.set_status(Status(StatusCode.ERROR))
+        span.end()
+
     def _is_trusted(self, peername: Any) -> bool:
         if not self._proxies or not isinstance(peername, tuple):  # the address of a Unix socket is text
             return False
@@ -197,8 +214,8 @@ class Tracer:
             address = address.ipv4_mapped
         return any(address in network for network in self._proxies)
 
-    def _end_join(self, traced: _Traced, result: str) -> None:
-        if traced.join is not None:
+    def _end_join(self, traced: _Traced | None, result: str) -> None:
+        if traced is not None and traced.join is not None:
             traced.join.set_attribute("fastsig.result", result)
             if result not in {"joined", "withdrawn"}:
                 traced.join.set_status(Status(StatusCode.ERROR))
@@ -268,29 +285,66 @@ class _Share(Sampler):
         return f"fastsig({self._inner.get_description()})"
 
 
+class _Queue(BatchSpanProcessor):
+    """The SDK's queue and thread. What does not fit in would be dropped there without a word: here it is counted."""
+
+    def __init__(self) -> None:
+        self._most = int(os.environ.get(OTEL_BSP_MAX_QUEUE_SIZE) or QUEUE_SPANS)
+        self._taken = 0
+        self._goal = _Exporter()
+        super().__init__(self._goal, max_queue_size=self._most)
+
+    def on_end(self, span: ReadableSpan) -> None:
+        """Called by the loop's thread only."""
+        if span.context is None or not span.context.trace_flags.sampled:
+            return
+        if self._taken - self._goal.done < self._most:
+            self._taken += 1
+            super().on_end(span)
+        else:
+            self._goal.dropped += 1
+
+
 class _Exporter(SpanExporter):
-    """The exporter of OTLP/HTTP, which logs each attempt that fails; here that is one event a minute."""
+    """The exporter of OTLP/HTTP, which logs each attempt that fails; here that is one event a minute.
+
+    In a thread of its own. Each count has one thread that writes it, and never becomes less.
+    """
 
     def __init__(self) -> None:
         self._inner = OTLPSpanExporter()
-        self._reason = ""  # the first that is logged of a batch: what follows says less
-        self._lost = 0
+        self.dropped = 0  # for want of room, by the loop's thread: spans that never came here
+        self.done = 0  # spans that were exported, or refused
+        self._refused = 0
+        self._said = 0  # of `dropped` and `_refused` together
         self._said_at = -math.inf
+        self._heard = ""  # the first that is logged of a batch: what follows says less
+        self._reason = ""  # the same of the last batch that was refused
         logs.divert(OTLPSpanExporter.__module__, self._hear)
 
     def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
-        self._reason = ""
-        result = self._inner.export(spans)
+        self._heard = ""
+        try:
+            result = self._inner.export(spans)
+        finally:
+            self.done += len(spans)
         if result is not SpanExportResult.SUCCESS:
-            self._lost += len(spans)
-            now = time.monotonic()
-            if now - self._said_at >= COMPLAIN_S:
-                _log.warning("spans_lost", spans=self._lost, reason=self._reason)
-                self._lost, self._said_at = 0, now
+            self._refused += len(spans)
+            self._reason = self._heard
+        self._complain(time.monotonic())
         return result
 
+    def _complain(self, now: float) -> None:
+        lost = self._refused + self.dropped - self._said
+        if lost and now - self._said_at >= COMPLAIN_S:
+            reason = self._reason or f"more spans waited than {OTEL_BSP_MAX_QUEUE_SIZE}"
+            _log.warning("spans_lost", spans=lost, reason=reason)
+            self._said += lost
+            self._said_at = now
+            self._reason = ""
+
     def _hear(self, message: str) -> None:
-        self._reason = self._reason or message
+        self._heard = self._heard or message
 
     def shutdown(self) -> None:
         self._inner.shutdown()  # type: ignore[no-untyped-call] # it says nothing of what it returns

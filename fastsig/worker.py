@@ -151,7 +151,7 @@ class Worker:
         self.hub = Hub(self.relay, limits, place=place)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
-        self.door = Door(self.relay, path=boot.config.server.path, message_bytes=limits.message_bytes)
+        self.door = Door(self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path)
         self._passing = Passing(loop, self.relay, self.hub, self.door)
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer
@@ -268,7 +268,8 @@ class Worker:
                 self._end(stop)
 
     def _stats(self) -> dict[str, int]:
-        return self.relay.stats() | {"tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
+        tables = {"calls_watched": len(self._calls), "tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
+        return self.relay.stats() | self.hub.stats() | tables
 
     # ---- what the mesh calls
 
@@ -305,7 +306,6 @@ class Worker:
         logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
         self.relay.configure(**_for_relay(config))
         self.hub.configure(config.limits)
-        self.door.message_bytes = config.limits.message_bytes
         if self._tracer is not None:
             self._tracer.configure(config)
 

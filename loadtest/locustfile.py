@@ -29,6 +29,7 @@ from locust.runners import MasterRunner, WorkerRunner
 sys.path.insert(0, str(Path(__file__).parent.parent))  # `locust` itself knows only this file's folder
 
 from loadtest.engine import BATCH_S, END_S, Engine
+from loadtest.history import EVERY_S, History
 from loadtest.users import KINDS, Plan, Scene
 
 DEFAULTS: Final = Plan(url="")
@@ -39,6 +40,9 @@ _log: Final = logging.getLogger("fastsig.loadtest")
 class LoadError(Exception):
     """What a failed result shows in Locust's table of errors: a code of the catalogue, or our own word."""
 
+    def __repr__(self) -> str:
+        return str(self)  # it is what Locust shows
+
 
 class Load:
     """The engine of this process, and what all processes counted: sent, received, and the most connections of each."""
@@ -48,6 +52,7 @@ class Load:
         self.scene: Scene | None = None
         self.began = 0.0
         self.totals: dict[str, tuple[int, int, int, float]] = {}
+        self.history: History | None = None  # of the latest test; none in a worker of Locust
 
     def start(self, environment: Environment) -> Scene:
         """The scene of this test; the first user of a process starts it."""
@@ -82,6 +87,13 @@ class Load:
                 gevent.sleep(0.02)
         report(environment, engine)
         self.engine = self.scene = None
+
+    def watch(self, environment: Environment) -> None:
+        """Keep the history of this test, until it ends."""
+        history = self.history = History()
+        while not history.has_ended:
+            history.look(environment.stats)
+            gevent.sleep(EVERY_S)
 
 
 _load: Final = Load()
@@ -189,6 +201,20 @@ def _weights(environment: Environment, **_: Any) -> None:
         raise SystemExit("one of --callers, --viewers, --reloaders must be above 0")
 
 
+@events.init.add_listener
+def _delays(environment: Environment, **_: Any) -> None:
+    """The page /delays of the web interface, which is drawn anew every few seconds."""
+    web = environment.web_ui
+    if web is None or web.app is None:
+        return
+
+    @web.app.route("/delays")
+    @web.auth_required_if_enabled
+    def delays() -> str:
+        section = _load.history.page(environment.stats) if _load.history else "<p>No test has begun.</p>"
+        return f'<!DOCTYPE html><meta http-equiv="refresh" content="{EVERY_S:g}"><title>Delays</title>{section}'
+
+
 @events.test_start.add_listener
 def _begin(environment: Environment, **_: Any) -> None:
     _load.totals.clear()
@@ -196,11 +222,15 @@ def _begin(environment: Environment, **_: Any) -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
+    if not isinstance(environment.runner, WorkerRunner):
+        gevent.spawn(_load.watch, environment)
 
 
 @events.test_stop.add_listener
 def _stop(environment: Environment, **_: Any) -> None:
     _load.end(environment)
+    if _load.history is not None:
+        _load.history.end(environment.stats)
 
 
 @events.report_to_master.add_listener
@@ -246,6 +276,14 @@ def _judge(environment: Environment, **_: Any) -> None:
     if not received:
         _log.error("nothing was heard from the server")
     environment.process_exit_code = 0 if is_good and received else 1
+
+
+@events.quitting.add_listener
+def _draw(environment: Environment, **_: Any) -> None:
+    """Locust has written its report already."""
+    path = environment.parsed_options.html_file if environment.parsed_options else None
+    if path and _load.history is not None:
+        _load.history.add_to(Path(path), environment.stats)
 
 
 def _verdicts(environment: Environment) -> dict[str, tuple[int, int]]:

@@ -30,8 +30,8 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake
 
 from fastsig import status
 from loadtest.plot import Line, Panel, over_time
-from tests.e2e.conftest import Server
-from tests.e2e.prometheus import Prometheus, free_port, scraping
+from tests.e2e.conftest import Server, free_port
+from tests.e2e.prometheus import Prometheus, scraping
 
 ROOT: Final = Path(__file__).parent.parent
 DASHBOARD: Final = ROOT / "deploy" / "grafana" / "fastsig.json"

@@ -6,9 +6,11 @@ was made of. A chart has a ground of its own and follows the reader's light or d
 """
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 from typing import Final
 
 WIDTH: Final = 860.0
@@ -22,7 +24,8 @@ STYLE: Final = (
 COLOURS: Final = ("#2f81f7", "#d9730d", "#2a9d5c", "#cf4b4b", "#9467d6", "#a08a00", "#1798a6", "#d0569b", "#848d97")
 MARKS: Final = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z", "M-3.5,-3.5h7v7h-7z", "M0,-4.5L4.5,3.5H-4.5z", "M0,-5L5,0L0,5L-5,0z",
-    "M0,4.5L4.5,-3.5H-4.5z", "M-4.5,-1.5h3v-3h3v3h3v3h-3v3h-3v-3h-3z",
+    "M0,4.5L4.5,-3.5H-4.5z", "M-4.5,-1.5h3v-3h3v3h3v3h-3v3h-3v-3h-3z", "M-4,-4L4,4V-4L-4,4z", "M-5,-1.5h10v3h-10z",
+    "M-1.5,-5h3v10h-3z",
 )  # fmt: skip
 CROSS: Final = "M-6,-6L6,6M6,-6L-6,6"
 
@@ -205,6 +208,7 @@ _TOP: Final = 92.0
 _HEIGHT, _BELOW = 150.0, 54.0  # of a panel, and from its axis to the next one
 _LEFT: Final = 64.0  # of a panel: the numbers of its y axis
 _LEGEND: Final = 190.0
+GAP: Final = 4.0  # times the usual distance of two points
 _PITCH: Final = 17.0  # of what is written one below the other
 
 
@@ -258,7 +262,7 @@ def over_time(
         frame = _Frame(left, (column + 1) * each - _LEGEND, top, top + _HEIGHT, end)
         parts += _axes(panel, frame, marks) + _drawn(panel, frame)
     if marks:
-        parts += [_text(columns * each - 20, 50, f"dotted: {mark}", "soft", "end")]
+        parts += [_text(columns * each - 20, height - 12, f"dotted: {mark}", "soft", "end")]
     parts += [_text(columns * each / 2, height - 12, x_label, "soft", "middle")]
     return _document(columns * each, height, title, subtitle, parts)
 
@@ -288,14 +292,29 @@ def _axes(panel: Panel, frame: _Frame, marks: Sequence[float]) -> list[str]:
     ]
 
 
+def _pieces(points: Sequence[tuple[float, float]]) -> Iterator[list[tuple[float, float]]]:
+    """Broken where nothing was seen for much longer than usual."""
+    steps = [now - before for (before, _), (now, _) in pairwise(points)]
+    usual = statistics.median(steps) if steps else 0.0
+    piece = [points[0]]
+    for step, point in zip(steps, points[1:], strict=True):
+        if step > GAP * usual:
+            yield piece
+            piece = []
+        piece.append(point)
+    yield piece
+
+
 def _drawn(panel: Panel, frame: _Frame) -> list[str]:
     """The lines, and beside them what each is, as near to its end as the others let it."""
     parts, labels = [], []
     for number, line in enumerate(panel.lines):
         if line.points:
             colour = COLOURS[(number if line.colour is None else line.colour) % len(COLOURS)]
-            path = " ".join(f"{frame.at(x):.1f},{_at_y(panel, frame, y):.1f}" for x, y in line.points)
-            parts += [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>']
+            for piece in _pieces(line.points):
+                path = " ".join(f"{frame.at(x):.1f},{_at_y(panel, frame, y):.1f}" for x, y in piece)
+                style = 'stroke-width="1.5" stroke-linecap="round"'  # a lone point is a dot
+                parts += [f'<polyline points="{path}" fill="none" stroke="{colour}" {style}/>']
             labels += [(_at_y(panel, frame, line.points[-1][1]) + 4, line, colour)]
     if not labels:
         middle = ((frame.left + frame.right) / 2, (frame.top + frame.bottom) / 2)

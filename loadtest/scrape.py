@@ -1,13 +1,20 @@
-"""What does a scrape cost? `python -m loadtest.scrape`: time and size, of a full map and of a real server over HTTP.
+"""What does a scrape cost? `python -m loadtest.scrape`: time and size, of a full map and of a real server over HTTP;
+with `--latency` instead: how late messages are while somebody scrapes every second, and while nobody does.
 
 First 8 slabs of a `Counters` map are filled with the numbers of a large server (50,000 connections, 10,000 rooms) and
 rendered; then a real server of 8 workers is scraped while it idles.
 """
 
+import contextlib
+import json
 import os
 import random
+import shlex
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +24,15 @@ from fastsig.exposition import Exposition
 from fastsig.health import Health, Slot
 from fastsig.metrics import FIRST, IN_MAP, NANO, SLAB_BYTES, WORD_BYTES, Counters, Family, open_slab
 from fastsig.overview import Usage
+from loadtest.bench.peers import sigload
+from loadtest.bench.run import open_loop
+from loadtest.faults import FREE
 from tests.e2e.conftest import Server, free_port
 
 SLOTS = 8
 ROUNDS = 101
+LATENCY_ROUNDS = 9
+RATE = 20_000  # messages/s
 CONNECTIONS = 50_000
 ROOMS = 10_000
 _KNOWN = {"connections": CONNECTIONS, "members": CONNECTIONS, "rooms": ROOMS}  # of all slots and series together
@@ -95,6 +107,61 @@ def main() -> None:
             server.stop()
 
 
+def latency() -> None:
+    """Prints p50 and p99 of messages at fixed times, medians of rounds that alternate; server and load on a core each.
+
+    The supervisor, which answers the scrapes, shares the worker's core: that is the worst place for it.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    seen: dict[str, list[tuple[float, float]]] = {"nobody scrapes": [], "a scrape every second": []}
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        pinned = ("taskset", "--cpu-list", str(cores[0]))
+        server = Server("--ops.port", str(port), env=FREE, cwd=Path(folder), prefix=pinned)
+        try:
+            server.wait_for("serving")
+            for _ in range(LATENCY_ROUNDS):
+                for what, found in seen.items():
+                    with _scraped(port) if what.startswith("a ") else contextlib.nullcontext():
+                        found.append(_late(server.port, cores[-1]))
+        finally:
+            server.stop()
+    for what, found in seen.items():
+        halves, lates = zip(*found, strict=True)
+        spread = f"{min(lates):.0f} to {max(lates):.0f}"
+        print(
+            f"{what}: p50 {statistics.median(halves):.1f} µs, p99 {statistics.median(lates):.0f} µs"
+            f" (medians of {len(found)}; p99 {spread}) at {RATE:,}/s"
+        )
+
+
+@contextlib.contextmanager
+def _scraped(port: int) -> Iterator[None]:
+    """Every second, meanwhile."""
+    over = threading.Event()
+
+    def scrape() -> None:
+        while not over.wait(1.0):
+            _get(f"http://127.0.0.1:{port}/metrics")
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def _late(port: int, core: int) -> tuple[float, float]:
+    """p50 and p99 in µs, of one round."""
+    load = shlex.split(open_loop(RATE).load)
+    command = [str(sigload()), "--port", str(port), "--pin", str(core), "--duration", "5", "--warmup", "1", *load]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    (report,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
+    return report["latency_us"]["p50"], report["latency_us"]["p99"]
+
+
 def _get(url: str) -> bytes:
     with urllib.request.urlopen(url, timeout=10) as answer:
         page: bytes = answer.read()
@@ -102,4 +169,7 @@ def _get(url: str) -> bytes:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--latency"]:
+        latency()
+    else:
+        main()

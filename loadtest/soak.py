@@ -29,6 +29,7 @@ import statistics
 import struct
 import sys
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ from loadtest.faults import (
     _until,
 )
 from loadtest.plot import Line, Panel, over_time
-from tests.e2e.conftest import Server, is_running
+from tests.e2e.conftest import Server, free_port, is_running
 from tests.e2e.swarm import Client, RefusedError, Swarm
 
 ROOT: Final = Path(__file__).parent.parent
@@ -80,6 +81,10 @@ class Tolerance:
 MEMORY: Final = Tolerance(1 * MIB, 0.03)
 DESCRIPTORS: Final = Tolerance(2)
 TASKS: Final = Tolerance(3)
+TABLES: Final = Tolerance(5, 0.1)  # entries; at rest somebody may have left a moment ago
+IN_TABLES: Final = (
+    "rooms", "acks_pending", "connections_to_flush", "joins_undecided", "departed", "calls_watched", "unsaid", "links",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,7 @@ class Soak:
     server: Server
     swarm: Swarm
     began: float
+    ops_port: int
     callers: list[Client] = field(default_factory=list)
     presenters: list[Client] = field(default_factory=list)
     viewers: list[Client] = field(default_factory=list)
@@ -129,6 +135,9 @@ SERIES: Final[dict[str, Tolerance]] = {
     "descriptors supervisor": DESCRIPTORS,
     f"descriptors slot {UNHURT}": DESCRIPTORS,
     f"descriptors slot {KILLED}": DESCRIPTORS,
+    "tasks supervisor": TASKS,
+    f"tasks slot {UNHURT}": TASKS,
+    f"tables slot {UNHURT}": TABLES,
     "client tasks": TASKS,
 }
 
@@ -173,9 +182,31 @@ async def look(soak: Soak, *, is_at_rest: bool) -> Sample:
             values[f"memory slot {worker.slot}"] = worker.process.memory_bytes
     for name in ("connections", "rooms", "members", "remote_members", "sent_messages_total", "errors_total"):
         values[name] = sum(worker.counters[name] for worker in seen.workers)
+    values |= await asyncio.to_thread(_inside, soak.ops_port)
     sample = Sample(time.monotonic() - soak.began, is_at_rest, values)
     soak.samples.append(sample)
     return sample
+
+
+def _inside(ops_port: int) -> dict[str, float]:
+    """Tasks and table entries, as the processes themselves count them; of those that answer. Scrapes once, too."""
+    found: dict[str, float] = {}
+    with contextlib.suppress(OSError):  # too busy
+        _get(ops_port, "/metrics")
+        stats = json.loads(_get(ops_port, "/debug/stats"))
+        found["tasks supervisor"] = stats["tasks"]
+        for worker in stats["workers"]:
+            if own := worker.get("stats"):
+                found[f"tasks slot {worker['slot']}"] = own["tasks"]
+                found[f"tables slot {worker['slot']}"] = sum(own[name] for name in IN_TABLES)
+    return found
+
+
+def _get(port: int, path: str) -> bytes:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        body: bytes = answer.read()
+    return body
 
 
 async def watch(soak: Soak) -> None:
@@ -410,9 +441,10 @@ async def soak_for(
     Whether something has grown meanwhile is for `judge`. `say`: gets a line after each round.
     """
     report = Report("soak", workers)
-    async with _running(report) as server:
+    ops_port = free_port()
+    async with _running(report, "--ops.port", str(ops_port)) as server:
         before = await _descriptors_at_rest(server)
-        soak = Soak(report, server, Swarm(server.url, returns=True), time.monotonic())
+        soak = Soak(report, server, Swarm(server.url, returns=True), time.monotonic(), ops_port)
         people = crowd(callers, viewers)
         await soak.swarm.grow(people)
         for kind in ("caller", "presenter", "viewer"):
@@ -471,7 +503,7 @@ def picture(report: Report, soak: Soak) -> str:
         ]),
         Panel("What the server counts", "now", [
             line("connections", "connections"), line("members", "members"), line("rooms", "rooms"),
-            line("client tasks", "tasks of the client"),
+            line(f"tables slot {UNHURT}", "in tables of worker 0"), line("client tasks", "tasks of the client"),
         ]),
         Panel("Messages delivered; peaks: all compare their rosters", "per second", [Line("both workers", rates)]),
     ]  # fmt: skip

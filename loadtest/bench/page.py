@@ -70,7 +70,7 @@ def _latency_chart(figures: Figures, percentile: str, title: str) -> str | None:
     series = []
     for colour, peer in enumerate(figures.peers):
         found = [(rate, figures.latency_us(peer, rate, percentile)) for rate in figures.rates]
-        points = [(float(rate), value) for rate, value in found if value]
+        points = [(float(rate), value / 1000) for rate, value in found if value]
         asked = [rate for rate in figures.rates if figures.of(peer, "open", rate)]
         if points:
             series.append(plot.Line(peer, points, colour, is_cut=points[-1][0] < asked[-1]))
@@ -79,7 +79,7 @@ def _latency_chart(figures: Figures, percentile: str, title: str) -> str | None:
     subtitle = (
         "200 B from peer to peer, from the moment it was due to its receipt. × : did not keep up with the next rate"
     )
-    return plot.lines(title, subtitle, "messages offered per second", "latency in µs", series)
+    return plot.lines(title, subtitle, "messages offered per second", "latency in ms", series)
 
 
 def _cpu_chart(figures: Figures) -> str | None:

@@ -8,7 +8,6 @@ import contextlib
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from tests.e2e.conftest import until
+from tests.e2e.conftest import free_port, until
 
 DEPLOY: Final = Path(__file__).parent.parent.parent / "deploy" / "prometheus"
 PROGRAM: Final = "prometheus"
@@ -32,13 +31,6 @@ _direct: Final = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 def is_installed() -> bool:
     return shutil.which(PROGRAM) is not None and shutil.which("promtool") is not None
-
-
-def free_port() -> int:
-    """One that nobody had a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def in_seconds(rules: str) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -20,9 +21,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+import trustme
 import uvloop
 from websockets.asyncio.server import ServerConnection, serve as listen
 from websockets.datastructures import Headers
+from websockets.frames import Close, Frame, Opcode
 from websockets.http11 import Request, Response
 
 import fastsig
@@ -134,7 +137,7 @@ async def test_connection_is_at_the_owner_of_its_room(server: Server) -> None:
         for number in range(8):
             await stack.enter_async_context(fastsig.connect(server.url, f"own-{number}"))
         workers = status.ask(server.runtime_dir, server.port).workers
-        assert sum(worker.counters.get("remote_members", 0) for worker in workers) == 0
+        assert sum(worker.counters["remote_members"] for worker in workers) == 0
 
 
 @pytest.mark.parametrize("workers", ["1", "4"])
@@ -277,6 +280,147 @@ async def test_cancelled_user_leaves_the_room(server: Server, room: str) -> None
             await task
 
 
+@on_both_loops
+async def test_request_that_the_server_does_not_know_is_refused_with_its_code(server: Server, room: str) -> None:
+    """`refresh` and `kick`, until it knows them."""
+    async with fastsig.connect(server.url, room) as a:
+        for asking in (a.refresh("secret"), a.kick("b")):
+            with pytest.raises(fastsig.RefusedError) as refused:
+                await asking
+            assert refused.value.code == "unknown_type"
+        async with fastsig.connect(server.url, room, id="b"):
+            assert (await anext(a)) == fastsig.PeerJoined("b", a.peers["b"].n), "a refusal is no event besides"
+
+
+# ---- by TLS
+
+
+class Tls:
+    """A proxy that ends TLS before a server, as one does in front of a deployment."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._writers: list[asyncio.StreamWriter] = []
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.sni_callback = self._count
+        self.hellos = 0  # how many clients began a handshake
+        self.url = ""
+
+    def _count(self, *_: Any) -> None:
+        self.hellos += 1
+
+    @contextlib.asynccontextmanager
+    async def serving(self, certificate: trustme.LeafCert) -> AsyncIterator["Tls"]:
+        self.show(certificate)
+        async with await asyncio.start_server(self._handle, "127.0.0.1", 0, ssl=self._context) as proxy:
+            self.url = f"wss://127.0.0.1:{proxy.sockets[0].getsockname()[1]}/ws"
+            yield self
+            await until(lambda: all(writer.is_closing() for writer in self._writers), "connections are left")
+
+    def show(self, certificate: trustme.LeafCert) -> None:
+        """From the next handshake on."""
+        certificate.configure_cert(self._context)
+
+    def drop(self) -> None:
+        """All connections, without a word."""
+        for writer in self._writers:
+            writer.transport.abort()
+
+    async def _handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        behind, before = await asyncio.open_connection("127.0.0.1", self._server.port)
+        self._writers += (writer, before)
+        await asyncio.gather(self._forward(reader, before), self._forward(behind, writer))
+
+    async def _forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await source.read(65536):
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA(key_type=trustme.KeyType.ECDSA)
+
+
+@pytest.fixture
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    """What a client brings that trusts this authority and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    return context
+
+
+@on_both_loops
+async def test_room_is_entered_by_tls_and_again_after_a_loss(
+    server: Server, room: str, authority: trustme.CA, trusting: ssl.SSLContext
+) -> None:
+    text = "é" * 20_000  # more than one record of TLS
+    async with Tls(server).serving(authority.issue_cert("127.0.0.1")) as proxy, contextlib.AsyncExitStack() as stack:
+        a, b = [
+            await stack.enter_async_context(fastsig.connect(proxy.url, room, id=name, ssl=trusting, ack=True, **QUICK))
+            for name in "ab"
+        ]
+        assert await b.send("a", "offer", text) == 1
+        assert (await next_of(a, fastsig.Message)).payload == text
+        proxy.drop()
+        for peer in (a, b):
+            await next_of(peer, fastsig.Rejoined)
+        await until(lambda: bool(a.peers and b.peers), "not together again")
+        assert await a.send("b", "answer", text) == 1
+        assert (await next_of(b, fastsig.Message)).payload == text
+
+
+@pytest.mark.parametrize("wrong", ["authority", "host"])
+@on_both_loops
+async def test_certificate_that_is_not_valid_is_refused_and_not_tried_again(
+    wrong: str, server: Server, authority: trustme.CA, trusting: ssl.SSLContext
+) -> None:
+    certificate = trustme.CA().issue_cert("127.0.0.1") if wrong == "authority" else authority.issue_cert("example.org")
+    async with Tls(server).serving(certificate) as proxy:
+        with pytest.raises(fastsig.UnreachableError) as refused:
+            async with fastsig.connect(proxy.url, "r", ssl=trusting, **QUICK):
+                pass
+        assert (refused.value.code, refused.value.retry) == ("unreachable", False)
+        assert isinstance(refused.value.__cause__, ssl.SSLCertVerificationError)
+        assert proxy.hellos == 1
+
+
+@on_both_loops
+async def test_certificate_that_is_not_valid_any_more_ends_the_membership(
+    server: Server, room: str, authority: trustme.CA, trusting: ssl.SSLContext
+) -> None:
+    async with (
+        Tls(server).serving(authority.issue_cert("127.0.0.1")) as proxy,
+        fastsig.connect(proxy.url, room, ssl=trusting, **QUICK) as a,
+    ):
+        proxy.show(trustme.CA().issue_cert("127.0.0.1"))
+        proxy.drop()
+        with pytest.raises(fastsig.UnreachableError):
+            await anext(a)
+        assert proxy.hellos == 2
+
+
+@on_both_loops
+async def test_server_without_tls_is_tried_until_the_time_to_enter_is_over(trusting: ssl.SSLContext) -> None:
+    """It may be one that is just being set up."""
+    tries = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tries.append(await reader.read(1))
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as plain:
+        url = f"wss://127.0.0.1:{plain.sockets[0].getsockname()[1]}/ws"
+        with pytest.raises(fastsig.UnreachableError) as refused:
+            async with fastsig.connect(url, "r", ssl=trusting, open_timeout_s=0.5, **QUICK):
+                pass
+    assert (refused.value.code, refused.value.retry) == ("unreachable", True)
+    assert isinstance(refused.value.__cause__, ssl.SSLError) and len(tries) > 1
+
+
 # ---- with a scripted server
 
 Say = Callable[["Script", ServerConnection, dict[str, Any]], Awaitable[None]]
@@ -328,6 +472,12 @@ async def welcome(script: Script, connection: ServerConnection, join: dict[str, 
     roster = [{"sender": name, "n": n, "meta": None} for name, n in peers.items()]
     payload = {"n": 100 + len(script.joins), "peers": roster}
     await _say(connection, type="joined", room="r", sender=join.get("sender", "made"), payload=payload)
+
+
+async def grant(connection: ServerConnection, *caps: str) -> None:
+    limits = {"message_bytes": 1, "messages_per_s": 1, "rooms": 1}
+    payload = {"caps": caps, "limits": limits, "version": "1", "server_time": 1.5}
+    await _say(connection, type="welcome", sender="made", payload=payload)
 
 
 def roster(**peers: int) -> Say:
@@ -555,9 +705,7 @@ async def test_silent_server_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None
 async def test_message_that_was_not_acknowledged_when_the_connection_was_lost_says_so() -> None:
     async def say(script: Script, connection: ServerConnection, hello: dict[str, Any]) -> None:
         assert hello["payload"]["caps"] == ["ack"]
-        limits = {"message_bytes": 1, "messages_per_s": 1, "rooms": 1}
-        payload = {"caps": ["ack"], "limits": limits, "version": "1", "server_time": 1.5}
-        await _say(connection, type="welcome", sender="made", payload=payload)
+        await grant(connection, "ack")
         await welcome(script, connection, json.loads(await connection.recv()))
         if len(script.joins) == 1:
             script.heard.append(json.loads(await connection.recv()))
@@ -577,9 +725,7 @@ async def test_message_that_was_not_acknowledged_when_the_connection_was_lost_sa
 @on_both_loops
 async def test_server_that_grants_no_acks_is_not_used_with_them() -> None:
     async def say(script: Script, connection: ServerConnection, hello: dict[str, Any]) -> None:
-        limits = {"message_bytes": 1, "messages_per_s": 1, "rooms": 1}
-        payload = {"caps": [], "limits": limits, "version": "1", "server_time": 1.5}
-        await _say(connection, type="welcome", sender="made", payload=payload)
+        await grant(connection)
 
     async with Script(say).serving() as script:
         with pytest.raises(fastsig.ClientError, match="no_acks"):
@@ -664,6 +810,122 @@ async def test_message_of_after_our_close_waits_for_the_next_connection() -> Non
             await next_of(room, fastsig.Rejoined)
             assert await sending[0] is None
             await until(lambda: [message["payload"] for message in script.heard] == [1], "it is lost")
+
+
+def _frame(opcode: Opcode, data: bytes) -> bytes:
+    return Frame(opcode, data).serialize(mask=False)
+
+
+CLOSE = _frame(Opcode.CLOSE, Close(4000, "").serialize())
+
+
+@on_both_loops
+async def test_answer_to_what_came_with_a_close_goes_by_the_next_connection() -> None:
+    """A close frame in the segment of the message: TCP is still there when the message is answered."""
+
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        await welcome(script, connection, join)
+        connection.transport.write(_frame(Opcode.TEXT, b'{"type":"x-question","room":"r","sender":"b"}') + CLOSE)
+
+    async with Script(say, roster()).serving() as script, fastsig.connect(script.url, "r", **QUICK) as room:
+        assert await anext(room) == fastsig.Message("x-question", "b")
+        await room.broadcast("x-answer")
+        await until(lambda: [message["type"] for message in script.heard] == ["x-answer"], "it is lost")
+        assert len(script.joins) == 2
+
+
+@on_both_loops
+async def test_loss_is_noticed_at_the_close_frame_not_when_tcp_ends() -> None:
+    """The server reads no more of what is still to be sent: TCP would stay for many minutes."""
+
+    async def say(script: Script, connection: ServerConnection, hello: dict[str, Any]) -> None:
+        await grant(connection, "ack")
+        await welcome(script, connection, json.loads(await connection.recv()))
+        if len(script.joins) == 1:
+            connection.transport.pause_reading()
+            await is_stuck.wait()
+            connection.transport.write(CLOSE)
+
+    is_stuck = asyncio.Event()
+    async with Script(say).serving() as script, fastsig.connect(script.url, "r", ack=True, **QUICK) as room:
+        link = room._link
+        assert link is not None
+        sending = asyncio.ensure_future(room.broadcast("x-note", "x" * 16_000_000))
+        await until(lambda: not link.writable.is_set(), "everything is sent")
+        is_stuck.set()
+        with pytest.raises(fastsig.DisconnectedError):
+            await sending
+        assert not link.ended.done(), "noticed by the end of TCP"
+        await next_of(room, fastsig.Rejoined)
+
+
+async def _answer_requests(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+    """`refresh` and `kick`; what is about "nobody" is refused, and at "lost" the connection breaks."""
+    await welcome(script, connection, join)
+    async for text in connection:
+        script.heard.append(asked := json.loads(text))
+        about = asked.get("recipient") or asked["payload"]["token"]
+        if about == "lost":
+            connection.transport.abort()
+        elif about == "nobody":
+            code = "peer_unavailable" if asked["type"] == "kick" else "unauthorized"
+            await _say(connection, type="error", code=code, message="No.", retry=False, id=asked["id"])
+        elif asked["type"] == "kick":
+            await _say(connection, type="kicked", room="r", recipient=about, id=asked["id"])
+        else:
+            await _say(connection, type="refreshed", id=asked["id"], payload={"expires_in": 300})
+
+
+@on_both_loops
+async def test_refreshed_token_is_good_for_later_connections_and_a_refused_one_is_not() -> None:
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        await _say(connection, type="token-expiring", payload={"in": 60})
+        await _answer_requests(script, connection, join)
+
+    async with Script(say).serving() as script, fastsig.connect(script.url, "r", token="first", **QUICK) as room:
+        assert await anext(room) == fastsig.TokenExpiring(60)
+        assert await room.refresh("second") == 300
+        assert script.heard == [{"type": "refresh", "id": "~1", "payload": {"token": "second"}}]
+        with pytest.raises(fastsig.RefusedError) as refused:
+            await room.refresh("nobody")
+        assert refused.value.code == "unauthorized"
+        with pytest.raises(fastsig.DisconnectedError):
+            await room.refresh("lost")
+        await next_of(room, fastsig.Rejoined)
+        assert [join["payload"]["token"] for join in script.joins] == ["first", "lost"], "it may have been taken"
+        with pytest.raises(fastsig.RefusedError):
+            await room.refresh("nobody")
+        assert await room.refresh("last") == 300
+
+
+@on_both_loops
+async def test_token_function_is_asked_also_after_a_refresh() -> None:
+    async def token() -> str:
+        return "made"
+
+    async with (
+        Script(_answer_requests).serving() as script,
+        fastsig.connect(script.url, "r", token=token, **QUICK) as room,
+    ):
+        await room.refresh("second")
+        with pytest.raises(fastsig.DisconnectedError):
+            await room.kick("lost")
+        await next_of(room, fastsig.Rejoined)
+        assert [join["payload"]["token"] for join in script.joins] == ["made", "made"]
+
+
+@on_both_loops
+async def test_peer_is_kicked_or_there_is_an_exception() -> None:
+    async with Script(_answer_requests).serving() as script, fastsig.connect(script.url, "r", **QUICK) as room:
+        await room.kick("b")
+        await room.kick("c", 600)
+        with pytest.raises(fastsig.RefusedError) as refused:
+            await room.kick("nobody")
+        assert refused.value.code == "peer_unavailable"
+        assert script.heard[:2] == [
+            {"type": "kick", "room": "r", "recipient": "b", "id": "~1"},
+            {"type": "kick", "room": "r", "recipient": "c", "id": "~2", "payload": {"seconds": 600}},
+        ]
 
 
 # ---- what the pages show

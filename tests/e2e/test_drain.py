@@ -266,7 +266,7 @@ async def test_workers_whose_supervisor_is_killed_drain_by_themselves(serve: Ser
 
 
 def test_port_of_a_killed_supervisor_can_be_served_again_while_its_workers_drain(serve: Serve) -> None:
-    server = serve("--workers", "2", "--log.format", "json", "--server.drain-seconds", "5")
+    server = serve("--workers", "2", "--log.format", "json", "--server.drain-seconds", "60")
     with contextlib.ExitStack() as stack:
         for _ in range(6):
             client = stack.enter_context(sync_connect(server.url, proxy=None))

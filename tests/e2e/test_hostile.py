@@ -93,6 +93,7 @@ async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(serve: Callabl
     server = serve("--workers", str(workers))
     slow = connect(server)
     slow.sendall(frame(TEXT, '{"type":"join","room":"r","sender":"slow"}'))
+    assert b'"joined"' in await asyncio.to_thread(slow.recv, 4096)
     async with websockets.connect(server.url) as reader, websockets.connect(server.url) as speaker:
         for client, name in ((reader, "reader"), (speaker, "speaker")):
             await client.send(json.dumps({"type": "join", "room": "r", "sender": name}))

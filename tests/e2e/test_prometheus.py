@@ -15,8 +15,8 @@ from websockets.asyncio.client import ClientConnection, connect
 
 from fastsig import status
 from loadtest import panels
-from tests.e2e.conftest import Server
-from tests.e2e.prometheus import INSTANCE, MISSING, Prometheus, free_port, in_seconds, is_installed, scraping
+from tests.e2e.conftest import Server, free_port
+from tests.e2e.prometheus import INSTANCE, MISSING, Prometheus, in_seconds, is_installed, scraping
 
 Serve = Callable[..., Server]
 FIRE_S = 25.0

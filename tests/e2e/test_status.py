@@ -91,7 +91,15 @@ async def test_table_shows_the_workers(serve: Serve) -> None:
     assert first.startswith("fastsig ") and f"pid {server.process.pid}, up " in first and server.url in first
     names = re.split(r"\s{2,}", head.strip().replace("up since", "day  time"))
     cells = dict(zip(names, row.split(), strict=True))
-    expected = {"slot": "0", "generation": "1", "connections": "2", "rooms": "1", "members": "2", "delivered": "3"}
+    expected = {
+        "slot": "0",
+        "generation": "1",
+        "connections": "2",
+        "rooms": "1",
+        "members": "2",
+        "received": "6",
+        "sent": "7",
+    }
     assert expected.items() <= cells.items() and cells["errors"] == "1"
     assert 5 < float(cells["RSS MiB"]) < 500 and 0 <= float(cells["CPU %"]) <= 150
 

@@ -23,6 +23,7 @@ from .conftest import PYTHON, Server, until
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PAGES = ("b7ad6b7169203331", "00f067aa0ba902b7")  # the spans of the two pages
+END_S = 15.0
 DEAD_S = 4.0  # a stop with a dead collector is over in this; alone it takes well under a second
 
 
@@ -42,6 +43,8 @@ class Collector:
     def __init__(self) -> None:
         self._spans: list[Span] = []
         self._changed = threading.Condition()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         collector = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -51,6 +54,7 @@ class Collector:
                 body = self.rfile.read(int(self.headers["content-length"]))
                 assert (self.path, self.headers["content-type"]) == ("/v1/traces", "application/x-protobuf")
                 collector.add(body)
+                collector.may_answer.wait(END_S)
                 self.send_response(200)
                 self.send_header("content-length", "0")
                 self.end_headers()
@@ -94,6 +98,7 @@ class Collector:
         return self.spans(name)
 
     def close(self) -> None:
+        self.may_answer.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -287,6 +292,22 @@ async def test_collector_that_is_dead_holds_up_neither_peers_nor_the_end(
     assert len(server.events("spans_lost")) == 1, "once a minute"
     assert not server.events("library_message"), "the exporter says nothing of its own"
     assert collector.spans() == []
+
+
+async def test_span_that_finds_no_room_is_counted_as_lost(
+    serve: Callable[..., Server], collector: Collector, room: str
+) -> None:
+    """The collector is slow, and takes all that it is given in the end."""
+    sizes = {"OTEL_BSP_MAX_QUEUE_SIZE": "8", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "8"}
+    server = serve("--server.drain-seconds", "0", env=collector.environment | sizes)
+    collector.may_answer.clear()
+    for _ in range(20):
+        await join(server, room)
+    collector.may_answer.set()
+    lost = await asyncio.to_thread(server.wait_for, "spans_lost")
+    assert "OTEL_BSP_MAX_QUEUE_SIZE" in lost["reason"]
+    assert server.stop() == 0
+    assert lost["spans"] + len(collector.spans()) == 20 * len(("handshake", "join"))
 
 
 def test_without_the_extra_the_start_is_refused_with_the_cure(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from fastsig._relay import Connection, Relay, Room
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
 from fastsig.config import Limits
-from fastsig.connection import Discard, Door, Handshake
+from fastsig.connection import Discard, Door, Handshake, new_websocket
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
 
@@ -69,12 +69,13 @@ class Transport:
         self.sent = bytearray()
         self.sends = 0
         self.accepts: int | None = None
+        self.peername: object = None
         self.protocol = protocol
         self.is_shut = self.is_gone = self.is_paused = False
         self._host = host
 
     def get_extra_info(self, name: str, default: object = None) -> object:
-        return default
+        return self.peername if name == "peername" else default
 
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
@@ -122,6 +123,9 @@ class Edge:
     def discard(self, connection: Connection) -> None:
         connection.transport.set_protocol(Discard(connection))
 
+    def renew(self, connection: Connection) -> None:
+        connection.transport.set_protocol(new_websocket(connection))
+
     def linger(self, connection: Connection) -> None:
         connection.transport.write_eof()
 
@@ -152,7 +156,7 @@ class Host:
         self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
-        self.door = Door(self.relay, path="/ws", message_bytes=self.limits.message_bytes)
+        self.door = Door(self.relay, path="/ws", echo_path="/echo")
 
     def _make_id(self) -> str:
         self.made_ids += 1
@@ -211,13 +215,15 @@ class Host:
     def on_lost(self, link: Link) -> None:
         self.hub.on_lost(link)
 
-    def accept(self) -> "Client":
+    def accept(self, *, peername: object = None) -> "Client":
         """A TCP connection, nothing sent yet."""
-        return Client(self)
-
-    def connect(self, target: str = "/ws") -> "Client":
-        """A WebSocket, nothing sent yet."""
         client = Client(self)
+        client.transport.peername = peername
+        return client
+
+    def connect(self, target: str = "/ws", *, peername: object = None) -> "Client":
+        """A WebSocket, nothing sent yet."""
+        client = self.accept(peername=peername)
         client.feed(HEAD.format(target=target).encode())
         answer = client.take_bytes()
         assert answer.startswith(b"HTTP/1.1 101 "), answer
@@ -262,8 +268,7 @@ class Client:
 
     def feed_at_once(self, data: bytes) -> None:
         """These bytes arrive in one read, where the buffer has room for them; then the loop runs."""
-        room = self.transport.protocol.get_buffer(-1)
-        assert len(data) <= len(room) or not self.grow(len(data)), "the read buffer is too small for this test"
+        assert len(data) <= self.buffer_bytes or not self.grow(len(data)), "the read buffer is too small for this test"
         room = self.transport.protocol.get_buffer(-1)
         room[: len(data)] = data
         self.transport.protocol.buffer_updated(len(data))
@@ -271,9 +276,14 @@ class Client:
 
     def grow(self, size: int) -> bool:
         """Make picows' read buffer hold `size` bytes, by pongs. True when it does not."""
-        while len(self.transport.protocol.get_buffer(-1)) < size:
-            self.feed(frame(PONG) * (len(self.transport.protocol.get_buffer(-1)) // 6 + 1))
+        while self.buffer_bytes < size:
+            self.feed(frame(PONG) * (self.buffer_bytes // 6 + 1))
         return False
+
+    @property
+    def buffer_bytes(self) -> int:
+        """How much picows' read buffer has room for."""
+        return len(self.transport.protocol.get_buffer(-1))
 
     def say(self, text: str | None = None, /, **message: Any) -> None:
         """Send one message, given as text or as fields."""

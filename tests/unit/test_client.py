@@ -11,7 +11,7 @@ from hypothesis import given, strategies as st
 
 from fastsig import client, protocol
 from fastsig.client import (
-    Acked,
+    Answer,
     ClosedError,
     Entered,
     Message,
@@ -20,6 +20,7 @@ from fastsig.client import (
     PeerLeft,
     PeerUpdated,
     Refused,
+    TokenExpiring,
     backoff_s,
     closed,
     departure_s,
@@ -128,8 +129,11 @@ def test_messages_of_the_server_become_events() -> None:
     assert read(joined.encode()) == Entered("me", 9, {"b": Peer(7, {"a": [1, None]})})
     departure = Departure("drain", "reconnect", (1, 2))
     assert read(protocol.GoAway(payload=departure).encode()) == departure
-    assert _read(type="ack", id="7", payload={"delivered": 2, "queued": 1}) == Acked("7", 2, 1)
-    assert _read(type="ack", id="7", payload={"duplicate": True}) == Acked("7", 0, 0)
+    assert _read(type="ack", id="7", payload={"delivered": 2, "queued": 1}) == Answer("7", 3)
+    assert _read(type="ack", id="7", payload={"duplicate": True}) == Answer("7", 0)
+    assert _read(type="kicked", room="r", recipient="b", id="7") == Answer("7", 0)
+    assert _read(type="refreshed", id="7", payload={"expires_in": 59.5}) == Answer("7", 59.5)
+    assert _read(type="token-expiring", payload={"in": 60}) == TokenExpiring(60)
 
 
 @pytest.mark.parametrize("type", ["offer", "answer", "ice-candidate", "message", "x-", "x-anything"])

@@ -9,7 +9,9 @@ import pytest
 from fastsig.connection import HEAD_BYTES, Edge, accept_key, read_head
 from fastsig.errors import HttpError
 
-from .memory import HEAD, TEXT, Client, Host, frame
+from .memory import HEAD, PING, PONG, TEXT, Client, Host, frame, parse_frames
+
+HERE = ("127.0.0.1", 1)
 
 FIREFOX = (
     b"GET /ws HTTP/1.1\r\nHost: localhost:8080\r\n"
@@ -55,6 +57,20 @@ async def test_head_in_single_bytes_and_frames_pipelined_behind_it(host: Host) -
     assert frames.count(b'"type":"joined"') == frames.count(b'"type":"pong"') == 1
 
 
+@pytest.mark.parametrize("target", ["/ws", "/echo"])
+async def test_frames_pipelined_behind_the_head_arrive_however_the_bytes_are_split(host: Host, target: str) -> None:
+    data = HEAD.format(target=target).encode() + frame(TEXT, '{"type":"ping"}') + frame(PING, b"?")
+    answers = set()
+    for cut in range(1, len(data)):
+        client = host.accept(peername=HERE)
+        client.feed(data[:cut])
+        client.feed(data[cut:])
+        answers.add(client.take_bytes().partition(b"\r\n\r\n")[2])
+        client.vanish()
+    (answer,) = answers
+    assert [opcode for opcode, _ in parse_frames(answer)] == [TEXT, PONG]
+
+
 async def test_many_messages_pipelined_behind_the_head_are_all_handled(host: Host) -> None:
     other = host.join("other")
     client = host.accept()
@@ -93,6 +109,26 @@ REFUSED = {
     "HTTP/2 preface": ("PRI * HTTP/2.0\r\n\r\n", 400),
     "no host": ("GET /ws HTTP/1.1\r\n\r\n", 400),
     "two hosts": ("GET /ws HTTP/1.1\r\nHost: x\r\nHost: y\r\n\r\n", 400),
+    "HTTP/0.9": ("GET /ws\r\n\r\n", 400),
+    "HTTP/1.2": ("GET /ws HTTP/1.2\r\nHost: x\r\n\r\n", 400),
+    "lower case version": ("GET /ws http/1.1\r\nHost: x\r\n\r\n", 400),
+    "lower case method": ("get /ws HTTP/1.1\r\nHost: x\r\n\r\n", 405),
+    "two spaces": ("GET  /ws HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "tabs": ("GET\t/ws\tHTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "asterisk": ("OPTIONS * HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "connect": ("CONNECT x:80 HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "method not ASCII": ("GÉT /ws HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "NUL in the target": (f"GET /ws?\0{SECRET} HTTP/1.1\r\nHost: x\r\n\r\n", 400),
+    "NUL in a name": (f"GET /ws HTTP/1.1\r\nHost: x\r\nA\0{SECRET}: y\r\n\r\n", 400),
+    "nothing but an end": ("\r\n\r\n", 400),
+    "a TLS hello": ("\x16\x03\x01\x02\0\x01\0\x01\xfc\x03\x03\r\n\r\n", 400),
+    "bare carriage return": (f"GET /ws HTTP/1.1\r\nHost: x\rA: {SECRET}\r\n\r\n", 400),
+    "name not ASCII": (f"GET /ws HTTP/1.1\r\nHost: x\r\nÀ{SECRET}: y\r\n\r\n", 400),
+    "name empty": (f"GET /ws HTTP/1.1\r\nHost: x\r\n: {SECRET}\r\n\r\n", 400),
+    "length empty": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length:\r\n\r\n", 400),
+    "length with a sign": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: +0\r\n\r\n", 400),
+    "length as a list": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 0, 0\r\n\r\n", 400),
+    "length and chunked": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nTransfer-Encoding: x\r\n\r\n", 400),
     "body announced": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\n", 400),
     "two lengths": ("GET /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n", 400),
     "chunked": ("GET /ws HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n", 400),
@@ -109,6 +145,15 @@ REFUSED = {
     "no key": (_head("dGhlIHNhbXBsZSBub25jZQ==", ""), 400),
     "short key": (_head("dGhlIHNhbXBsZSBub25jZQ==", "AAAA"), 400),
     "two keys": (_head("Upgrade: w", "Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nUpgrade: w"), 400),
+    "key not ASCII": (_head("dGhlIHNhbXBsZSBub25jZQ==", "dGhlIHNhbXBsZSBub25jé=="), 400),
+    "key not base64": (_head("dGhlIHNhbXBsZSBub25jZQ==", "dGhlIHNhb*BsZSBub25jZQ=="), 400),
+    "long key": (_head("dGhlIHNhbXBsZSBub25jZQ==", "dGhlIHNhbXBsZSBub25jZWFi"), 400),
+    "two versions": (_head("Upgrade: w", "Sec-WebSocket-Version: 13\r\nUpgrade: w"), 400),
+    "versions as a list": (_head("Version: 13", "Version: 13, 8"), 400),
+    "upgrade not ASCII": (_head("Upgrade: websocket", f"Upgrade: wébsocket{SECRET}"), 400),
+    "connection not ASCII": (_head("Connection: Upgrade", f"Connection: Üpgrade{SECRET}"), 400),
+    "subprotocol not ASCII": (_head("Upgrade: w", f"Sec-WebSocket-Protocol: é{SECRET}\r\nUpgrade: w"), 400),
+    "echo from who knows where": (HEAD.format(target=f"/echo?{SECRET}"), 403),
     "version 8": (_head("Version: 13", "Version: 8"), 400),
     "version not ASCII": (_head("Version: 13", "Version: é"), 400),
     "no upgrade": (_head("Upgrade: websocket", f"Upgrade: {SECRET}"), 400),
@@ -136,6 +181,90 @@ async def test_refusal_is_one_json_error_that_echoes_nothing(host: Host, what: s
     host.advance(2.5)
     assert client.is_gone()
     assert host.relay.connections == 0
+
+
+SECOND = HEAD.format(target="/ws").encode() + frame(TEXT, '{"type":"ping"}')
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /ws HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"POST /ws HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(SECOND),
+        b"POST /ws HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"GET /ws HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    ],
+)
+async def test_nothing_behind_an_answer_is_answered(host: Host, first: bytes) -> None:
+    for parts in ([first + SECOND], [first, SECOND], [first[:-1], first[-1:] + SECOND]):
+        client = host.accept()
+        for part in parts:
+            client.feed(part)
+        assert client.take_bytes().count(b"HTTP/1.1 ") == 1
+        assert client.is_shut()
+    assert host.counted().get("connections", 0) == 0
+
+
+async def test_second_request_behind_an_upgrade_is_a_broken_frame(host: Host) -> None:
+    client = host.accept()
+    client.feed(HEAD.format(target="/ws").encode() * 2)
+    answer, _, frames = client.take_bytes().partition(b"\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 101 ")
+    assert parse_frames(frames) == [(8, b"\x03\xea")]
+
+
+async def test_head_that_dribbles_or_stops_anywhere_is_dropped_after_ten_seconds(host: Host) -> None:
+    head = HEAD.format(target="/ws").encode()
+    clients = [host.accept() for _ in range(0, len(head), 7)]
+    for client, end in zip(clients, range(0, len(head), 7), strict=True):
+        client.feed(head[:end])
+    dribbling = host.accept()
+    for byte in head[:42]:
+        host.advance(0.25)
+        dribbling.feed(bytes([byte]))
+    assert all(client.is_gone() and client.take_bytes() == b"" for client in [*clients, dribbling])
+    assert host.relay.connections == 0
+
+
+@pytest.mark.parametrize("name", ["Origin", "User-Agent", "Cookie", "Authorization", "X-Any"])
+async def test_values_beyond_ascii_in_headers_that_mean_nothing_here_are_no_reason_to_refuse(
+    host: Host, name: str
+) -> None:
+    head = HEAD.format(target="/ws").encode().replace(b"Upgrade: w", name.encode() + b": \xff\xfe\x80\r\nUpgrade: w")
+    assert ask(host, head)[0] == 101
+
+
+@pytest.mark.parametrize(
+    ("peername", "header", "expected"),
+    [
+        (("127.0.0.1", 1), "", 101),
+        (("127.8.9.1", 1), "", 101),
+        (("::1", 1, 0, 0), "", 101),
+        (("::ffff:127.0.0.1", 1, 0, 0), "", 101),
+        (("192.0.2.1", 1), "", 403),
+        (("::ffff:192.0.2.1", 1, 0, 0), "", 403),
+        (("fe80::1%lo", 1, 0, 1), "", 403),
+        ("", "", 403),
+        (None, "", 403),
+        (("127.0.0.1", 1), "X-Forwarded-For: 127.0.0.1", 403),
+        (("127.0.0.1", 1), "x-forwarded-proto: https", 403),
+        (("::1", 1, 0, 0), "Forwarded: for=127.0.0.1", 403),
+        (("127.0.0.1", 1), "X-Real-IP:", 403),
+        (("127.0.0.1", 1), "Via: 1.1 somebody", 403),
+    ],
+)
+async def test_echo_is_for_this_machine_alone(host: Host, peername: object, header: str, expected: int) -> None:
+    client = host.accept(peername=peername)
+    client.feed(HEAD.format(target="/echo").replace("Host", f"{header}\r\nHost" if header else "Host").encode())
+    assert client.take_bytes().startswith(b"HTTP/1.1 %d " % expected)
+
+
+async def test_without_an_echo_path_there_is_none(host: Host) -> None:
+    host.door.echo_path = ""
+    client = host.accept(peername=HERE)
+    client.feed(HEAD.format(target="/echo").encode())
+    assert client.take_bytes().startswith(b"HTTP/1.1 404 ")
 
 
 @pytest.mark.parametrize("offer", ["fastsig.v1.json", "other, fastsig.v1.json", "fastsig.v1.json, bearer.a.b.c"])

@@ -152,6 +152,16 @@ def test_openmetrics_is_given_to_who_asks_for_it(subject: Subject) -> None:
     assert len(list(parse_openmetrics(page.decode()))) == len(FAMILIES)  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.parametrize(
+    "accept",
+    [*(f"application/openmetrics-text; version={what}" for what in ("x", "1.0.0-x", "2.nonsense", "2.\udcff", "٢")),
+     ";;;,,,", "*/*", "x" * 4000, "\udcff"],
+)  # fmt: skip
+def test_who_asks_for_nonsense_gets_text(subject: Subject, accept: str) -> None:
+    _, content_type = Exposition(subject).render(accept)
+    assert content_type.startswith("text/plain; version=")
+
+
 def test_page_in_docs_is_the_one_that_the_registry_makes() -> None:
     page = Path(__file__).parents[2] / "docs" / "metrics.md"
     assert page.read_text(encoding="utf-8") == metrics.document(), "python -m fastsig.metrics > docs/metrics.md"

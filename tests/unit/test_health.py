@@ -2,6 +2,7 @@
 
 import pytest
 
+from fastsig.fleet import REPLACE_S, START_S
 from fastsig.health import SILENT_S, TURN_S, Health, Slot
 
 SERVING = Slot("serving", 0.2)
@@ -37,6 +38,11 @@ def test_worker_that_is_silent_for_very_long_makes_the_server_not_live() -> None
     assert Health(0.0, "serving", [SERVING, Slot("stuck", SILENT_S)]).is_live
     assert not Health(0.0, "serving", [SERVING, Slot("stuck", SILENT_S + 0.1)]).is_live
     assert not Health(0.0, "draining", [Slot("draining", SILENT_S + 0.1)]).is_live
+
+
+def test_worker_that_is_killed_in_time_never_makes_the_server_not_live() -> None:
+    """It is looked at from time to time, and takes a moment to die."""
+    assert max(REPLACE_S, START_S) + 5 < SILENT_S
 
 
 def test_lines_say_what_is_wrong_with_whom() -> None:

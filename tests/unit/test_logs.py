@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import socket
+import sys
 import threading
+import time
 import tty
 from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta
@@ -448,6 +450,81 @@ def test_line_that_is_left_out_is_not_made(stream: Stream, clock: Clock) -> None
     for _ in range(100):
         logs.get("fastsig.test").info("serving", value=Costly())
     assert shown == logs.FLOOD_LINES
+
+
+# ---- threads
+
+
+def test_threads_that_log_at_once_neither_fail_nor_lose_a_line(stream: Stream, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line is there, or counted; with one thread's iteration over another's changes a call raised."""
+    monkeypatch.setattr(logs, "FLOOD_S", 0.0005)
+    monkeypatch.setattr(logs, "FLOOD_LINES", 2)
+    logs.configure("info", "json", stream=stream)
+    failures: list[Exception] = []
+    names, each = sorted(set(logs.EVENTS) - {"lines_suppressed"}), 2000
+
+    def log_all(say: Callable[..., None]) -> None:
+        try:
+            for number in range(each):
+                say(names[number // 5 % len(names)], number=number)
+        except Exception as failure:  # noqa: BLE001 (any is one too many)
+            failures.append(failure)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        log = logs.get("fastsig.test")
+        threads = [threading.Thread(target=log_all, args=(say,)) for say in (log.warning, log.error)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    finally:
+        sys.setswitchinterval(before)
+    assert not failures
+    time.sleep(2 * logs.FLOOD_S)
+    logs.get("fastsig.other").info("stopped")
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    written = sum("number" in line for line in lines)
+    told = sum(line.get("suppressed", 0) + line.get("lines", 0) for line in lines)
+    assert written + told == 2 * each
+
+
+def test_thread_that_was_stopped_in_the_middle_of_its_line_holds_up_no_other(
+    stream: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "TURN_S", 0.05)
+    logs.configure("info", "json", stream=stream)
+    over = threading.Event()
+    stopped = threading.Thread(target=_hold, args=(over, is_held := threading.Event()))
+    stopped.start()
+    assert is_held.wait(20)
+    try:
+        assert _is_done(lambda: logs.get("fastsig.test").info("serving"))
+        assert stream.line()["event"] == "serving"
+    finally:
+        over.set()
+        stopped.join()
+
+
+def _hold(over: threading.Event, is_held: threading.Event) -> None:
+    with logs._output.turn():
+        is_held.set()
+        over.wait(20)
+
+
+class Talkative:
+    """Logs while it is shown, through Python's logging, as finalizers of asyncio do."""
+
+    def __repr__(self) -> str:
+        logging.getLogger("asyncio").error("never retrieved")
+        return "talkative"
+
+
+def test_line_in_the_middle_of_a_line_waits_for_nobody(stream: Stream) -> None:
+    logs.configure("info", "json", stream=stream)
+    assert _is_done(lambda: logs.get("fastsig.test").info("serving", value=Talkative()))
+    assert [line["event"] for line in _lines(stream)] == ["library_message", "serving"]
 
 
 # ---- the vocabulary

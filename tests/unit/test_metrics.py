@@ -238,6 +238,25 @@ async def test_one_relay_in_64_is_timed(host: Host) -> None:
     assert len(b.take()) == 200
 
 
+@pytest.mark.parametrize("every", [1, 7, 64, 100])
+async def test_one_in_so_many_is_traced_however_many_share_a_turn(host: Host, every: int) -> None:
+    traced: list[tuple[str, int, float, float]] = []
+    host.hub.relayed = lambda *span: traced.append(span)  # type: ignore[method-assign]
+    host.relay.bind(host.hub, host.edge)
+    host.relay.configure(
+        message_bytes=65536, output_bytes=1 << 20, handshake_s=10.0, first_message_s=60.0, trace_every=every
+    )
+    a, b = host.join("a"), host.join("b")
+    text = json.dumps({"type": "x-note", "room": "r", "recipient": "b"})
+    for _ in range(100):
+        a.feed_only(frame(TEXT, text) * 20)
+        host.run()
+    assert len(b.take()) == 2000
+    assert len(traced) == 2000 // every
+    assert set(traced) == {("x-note", len(text), host.now, host.now)}
+    assert sum(host.observed("relay_seconds")) == 2000 // 64
+
+
 async def test_message_for_nobody_is_timed_too(host: Host) -> None:
     a = host.join("a")
     for _ in range(64):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import random
 import resource
 import socket
 import time
@@ -14,7 +15,7 @@ import pytest
 from fastsig import logs, ops
 from fastsig.config import HEALTH_PATHS, Ops
 from fastsig.health import Health, Slot
-from fastsig.ops import CLIENTS, PATHS, Operations
+from fastsig.ops import CLIENTS, PATHS, SILENT, Operations
 
 from .test_exposition import OPENMETRICS, Subject as Counted
 
@@ -92,7 +93,7 @@ async def open_port() -> AsyncIterator[Open]:
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             subject = Subject()
             operations = Operations(subject, Ops(host, 1, token))
-            await operations.open([listener])
+            operations.open([listener])
             stack.push_async_callback(operations.close)
             return Port(operations, subject, listener)
 
@@ -148,7 +149,7 @@ async def test_stats_are_json(port: Port) -> None:
         (Health(0.0, "starting", [Slot("starting", 1.0)]), 200, 503),
         (Health(0.0, "draining", [Slot("draining")]), 200, 503),
         (Health(9.0, "serving", [Slot("serving")]), 503, 200),
-        (Health(0.0, "serving", [Slot("stuck", 31.0)]), 503, 503),
+        (Health(0.0, "serving", [Slot("stuck", 41.0)]), 503, 503),
     ],
 )
 async def test_health_is_a_status(port: Port, health: Health, live: int, ready: int) -> None:
@@ -283,19 +284,103 @@ async def test_nonsense_is_refused_and_neither_repeated_nor_logged(
     assert capfd.readouterr().err == ""
 
 
+async def test_client_that_goes_in_the_middle_of_its_request_is_not_logged(
+    port: Port, capfd: pytest.CaptureFixture[str]
+) -> None:
+    logs.configure("debug", "json")
+    for path in (*PATHS, "/"):
+        for _ in range(5):
+            _, writer = await asyncio.open_connection(*port.address)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\n\r\n".encode())
+            writer.transport.abort()
+    await until(lambda: not port.operations._clients, "they are kept")
+    assert (await port.get("/livez")).status == 200
+    assert capfd.readouterr().err == ""
+
+
+_LINES = (
+    b"Authorization: Bearer \xe9\x80", b"Authorization:", b"Transfer-Encoding: chunked", b"Content-Length: 5",
+    b"Content-Encoding: gzip", b"Connection: upgrade\r\nUpgrade: websocket", b"Expect: 100-continue", b"Expect: \xff",
+    b"Accept: application/openmetrics-text; version=x\xff", b"Accept: ;;;,,,", b"Cookie: a=b;;\x01", b"Host: \xff", b"",
+)  # fmt: skip
+_TARGETS = (
+    b"/metrics",
+    b"/livez?%zz=%ff&&&=",
+    b"*",
+    b"//x",
+    b"/%2e%2e/",
+    b"http://h:99999/metrics",
+    b"http://[x/",
+    b"\x00",
+)
+
+
+async def test_no_mixture_of_headers_is_logged_or_stays(port: Port, capfd: pytest.CaptureFixture[str]) -> None:
+    """Half of those who send it go without waiting for the answer; the last are cut off by the end of the port."""
+    logs.configure("debug", "json")
+    chance = random.Random(1)
+    for number in range(500):
+        lines = [b"GET " + chance.choice(_TARGETS) + b" HTTP/1.1", b"Host: 127.0.0.1"]
+        lines += chance.choices(_LINES, k=chance.randrange(5))
+        _, writer = await asyncio.open_connection(*port.address)
+        writer.write(b"\r\n".join([*lines, b"", b"5\r\nhello\r\n0\r\n\r\n"]))
+        if number % 2:
+            writer.transport.abort()
+        else:
+            await asyncio.sleep(0)
+            writer.close()
+    await port.operations.close()
+    assert capfd.readouterr().err == ""
+
+
 async def test_two_requests_on_one_connection_get_one_answer(port: Port) -> None:
     answer = await port.say(b"GET /livez HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n" * 2)
     assert answer.count(b"HTTP/1.1 200") == 1
 
 
-async def test_oldest_of_too_many_makes_room(port: Port) -> None:
-    connections = [await asyncio.open_connection(*port.address) for _ in range(3 * CLIENTS)]
+async def test_oldest_of_too_many_that_say_nothing_makes_room(port: Port) -> None:
+    connections = [await asyncio.open_connection(*port.address) for _ in range(SILENT + 20)]
     assert (await port.get("/livez")).status == 200
-    for reader, _ in connections[: 2 * CLIENTS]:
+    for reader, _ in connections[:20]:
         assert await asyncio.wait_for(reader.read(), END_S) == b""
-    assert len(port.operations._clients) <= CLIENTS
+    assert len(port.operations._clients) <= SILENT
     for _, writer in connections:
         writer.close()
+
+
+async def test_oldest_of_too_many_that_wait_for_an_answer_makes_room(port: Port) -> None:
+    port.subject.may_answer.clear()
+    waiting = [asyncio.create_task(port.get("/debug/stats")) for _ in range(CLIENTS)]
+    await until(lambda: _heard(port) == CLIENTS, "they are not served")
+    one_more = asyncio.create_task(port.get("/debug/stats"))
+    await asyncio.wait(waiting, timeout=END_S, return_when=asyncio.FIRST_COMPLETED)
+    assert sum(task.done() for task in waiting) == 1 and _heard(port) == CLIENTS
+    port.subject.may_answer.set()
+    answers = await asyncio.gather(one_more, *waiting, return_exceptions=True)
+    assert sum(isinstance(answer, Answer) and answer.status == 200 for answer in answers) == CLIENTS
+    assert answers[0].status == 200  # type: ignore[union-attr]
+
+
+async def test_flood_of_connections_that_say_nothing_cuts_off_no_request(port: Port) -> None:
+    """One waits for its answer through all of it; one is some milliseconds away, and comes behind many of the flood."""
+    port.subject.may_answer.clear()
+    waiting = asyncio.create_task(port.get("/debug/stats"))
+    await until(lambda: _heard(port) == 1, "it is not served")
+    flood = [await asyncio.open_connection(*port.address) for _ in range(2 * SILENT)]
+    reader, writer = await asyncio.open_connection(*port.address)
+    flood += [await asyncio.open_connection(*port.address) for _ in range(SILENT - 1)]
+    await until(lambda: len(port.operations._clients) == SILENT + 1, "they are not there, or not cut off")
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+    assert parsed(await asyncio.wait_for(reader.read(), END_S)).status == 200
+    port.subject.may_answer.set()
+    assert (await waiting).status == 200
+    for _, end in [*flood, (reader, writer)]:
+        end.close()
+
+
+def _heard(port: Port) -> int:
+    """How many wait for an answer."""
+    return sum(client.is_heard for client in port.operations._clients)
 
 
 async def test_who_says_nothing_is_cut_off(port: Port, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,8 @@ import gc
 import json
 import random
 import weakref
+from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 
@@ -181,6 +183,69 @@ async def test_bytes_that_dribble_in_one_by_one_make_the_same_messages(host: Hos
     assert [m["type"] for m in a.take()] == ["offer", "offer"]
 
 
+WHOLE = "aé€\U0001f600".encode()  # sequences of every length
+
+
+@pytest.mark.parametrize("cuts", [(1,), (2,), (4,), (5,), (7,), (8,), (9,), range(1, 10)])
+async def test_characters_may_be_split_over_fragments(host: Host, cuts: Sequence[int]) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    head, tail = b'{"type":"message","room":"r","payload":"', b'"}'
+    edges = [0, *cuts, len(WHOLE)]
+    parts = [WHOLE[start:end] for start, end in pairwise(edges)]
+    b.feed(frame(TEXT, head, fin=False) + b"".join(frame(0, part, fin=False) for part in parts) + frame(0, tail))
+    assert [m["payload"] for m in a.take()] == [WHOLE.decode()]
+
+
+@pytest.mark.parametrize("start", [b"\xff", b"\xc0", b"\xed\xa0", b"\xf4\x90", b"\xe0\x80", b"\xc3 "])
+async def test_text_that_can_no_longer_become_utf8_is_closed_before_its_end(host: Host, start: bytes) -> None:
+    a = host.join("a")
+    a.feed(frame(TEXT, b'{"type":"', fin=False) + frame(0, start, fin=False))
+    assert a.take_close() == 1007
+
+
+async def test_bad_utf8_behind_an_undecided_join_is_found_when_its_turn_comes(host: Host) -> None:
+    a = host.join("a")
+    (connection,) = host.relay.all_connections()
+    connection.wait()
+    a.feed(frame(TEXT, b"\xff"))
+    assert a.take_frames() == []
+    connection.proceed()
+    host.run()
+    assert a.take_close() == 1007
+
+
+@pytest.mark.parametrize("size", [0, 1, 125])
+async def test_ping_is_answered_with_its_own_bytes_also_within_a_message(host: Host, size: int) -> None:
+    a = host.connect()
+    data = bytes(range(size))
+    a.feed(frame(TEXT, "{", fin=False) + frame(PING, data) + frame(PONG, data) + frame(PING, data[:1]))
+    assert a.take_frames() == [(PONG, data), (PONG, data[:1])]
+
+
+@pytest.mark.parametrize("code", [*range(1000, 1004), *range(1007, 1015), 3000, 3999, 4000, 4999])
+async def test_close_codes_that_may_travel_are_answered_with_themselves(host: Host, code: int) -> None:
+    a = host.connect()
+    a.feed(frame(CLOSE, code.to_bytes(2, "big") + "größe".encode()))
+    assert a.take_frames() == [(CLOSE, code.to_bytes(2, "big"))]
+
+
+@pytest.mark.parametrize("code", [0, 1, 999, 1004, 1005, 1006, 1015, 1016, 1100, 2000, 2999, 5000, 65535])
+async def test_close_codes_that_may_not_travel_are_a_violation(host: Host, code: int) -> None:
+    a = host.connect()
+    a.feed(frame(CLOSE, code.to_bytes(2, "big")))
+    assert a.take_frames() == [(CLOSE, b"\x03\xea")]
+
+
+async def test_second_close_of_the_same_read_changes_nothing(host: Host) -> None:
+    """Autobahn 7.1.2: picows answers the second one before we see the first."""
+    a = host.connect()
+    a.feed_at_once(frame(CLOSE, b"\x03\xe8") + frame(CLOSE, b"\x03\xe9"))
+    assert a.take_frames() == [(CLOSE, b"\x03\xe8")]
+    host.advance(2.5)
+    assert a.is_gone()
+
+
 BROKEN = {
     "reserved bit": (frame(TEXT, "{}", rsv=4), 1002),
     "reserved bit of a ping": (frame(PING, "", rsv=1), 1002),
@@ -189,10 +254,23 @@ BROKEN = {
     "unknown control opcode": (frame(11, ""), 1002),
     "continuation of nothing": (frame(0, "{}"), 1002),
     "new message inside a message": (frame(TEXT, "{", fin=False) + frame(TEXT, "}"), 1002),
+    "close code 1": (frame(CLOSE, b"\x00\x01"), 1002),
     "fragmented ping": (frame(PING, "", fin=False), 1002),
     "long ping": (frame(PING, "x" * 126), 1002),
     "binary frame": (frame(BINARY, b"{}"), 1003),
     "invalid UTF-8": (frame(TEXT, b'{"type":"\xff"}'), 1007),
+    "text that ends within a character": (frame(TEXT, b'"\xc3', fin=False) + frame(0), 1007),
+    "binary fragment": (frame(BINARY, b"{", fin=False), 1003),
+    "binary inside a message": (frame(TEXT, "{", fin=False) + frame(BINARY, "}"), 1002),
+    "reserved bit of a continuation": (frame(TEXT, "{", fin=False) + frame(0, "}", rsv=2), 1002),
+    "fragmented close": (frame(CLOSE, b"\x03\xe8", fin=False), 1002),
+    "a gibibyte declared": (b"\x81\xff" + (1 << 30).to_bytes(8, "big"), 1009),
+    "a gibibyte declared by a ping": (b"\x89\xff" + (1 << 30).to_bytes(8, "big"), 1002),
+    "length that needs no 16 bits": (b"\x81\xfe\x00\x7d", 1002),
+    "length that needs no 64 bits": (b"\x81\xff" + (65535).to_bytes(8, "big"), 1002),
+    "close with a reason that is not UTF-8": (frame(CLOSE, b"\x03\xe8\xff"), 1007),
+    "close with a reason that is cut": (frame(CLOSE, b"\x03\xe8\xe2\x82"), 1007),
+    "long close": (frame(CLOSE, b"\x03\xe8" + b"x" * 124), 1002),
     "invalid UTF-8 over fragments": (frame(TEXT, b'"\xc3', fin=False) + frame(0, b'"'), 1007),
     "message above the limit": (frame(TEXT, "x" * 65537), 1009),
     "fragments above the limit": (frame(TEXT, "x" * 40000, fin=False) + frame(0, "x" * 40000, fin=False), 1009),
@@ -277,6 +355,92 @@ async def test_closing_normally_is_leaving_anything_else_is_being_lost(host: Hos
     b.feed(frame(CLOSE, payload))
     (left,) = a.take()
     assert left["payload"]["reason"] == reason
+
+
+# ---- picows' read buffer
+
+SMALL = 2048
+
+
+def let_a_ping_period_pass(host: Host, client: Client) -> None:
+    host.advance(25.25)
+    assert [opcode for opcode, _ in client.take_frames()] == [PING]
+
+
+async def test_read_buffer_of_a_peer_that_says_little_is_small_again(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.say(type="message", room="r", recipient="a", payload="x" * 60_000)
+    a.take()
+    for expected in (True, True, False):
+        assert (b.buffer_bytes > SMALL) is expected
+        let_a_ping_period_pass(host, b)
+        a.feed(frame(PONG))
+        b.feed(frame(PONG))
+    a.take_frames()
+    b.say(**offer("a"))
+    assert [m["type"] for m in a.take()] == ["offer"]
+    b.vanish()
+    assert [m["type"] for m in a.take()] == ["peer-left"]
+
+
+async def test_read_buffer_is_renewed_within_a_fragmented_message_but_not_within_a_frame(host: Host) -> None:
+    a, b = host.join("a"), host.join("b")
+    a.take()
+    b.say(type="message", room="r", recipient="a", payload="x" * 60_000)
+    for _ in range(2):
+        let_a_ping_period_pass(host, b)
+        if b.buffer_bytes > SMALL:
+            a.feed(frame(PONG))
+    a.take_frames()
+    text = json.dumps(offer("a")).encode()
+    last = frame(0, text[10:])
+    b.feed_at_once(frame(TEXT, text[:10], fin=False) + frame(PONG) + last[:5])
+    assert b.buffer_bytes > SMALL
+    b.feed(last[5:9])
+    b.feed(last[9:] + frame(TEXT, text[:10], fin=False))
+    b.feed(frame(PONG))
+    assert b.buffer_bytes <= SMALL
+    b.feed(last)
+    assert [m["type"] for m in a.take()] == ["offer", "offer"]
+
+
+# ---- the echo
+
+HERE = ("127.0.0.1", 1)
+
+
+@pytest.mark.parametrize("opcode", [TEXT, BINARY])
+@pytest.mark.parametrize("size", [0, 1, 125, 126, 65535, 65536])
+async def test_echo_answers_with_the_same_opcode_and_bytes(host: Host, opcode: int, size: int) -> None:
+    a = host.connect("/echo", peername=HERE)
+    data = b"x" * size
+    a.feed(frame(opcode, data) + frame(opcode, data[:5], fin=False) + frame(PING) + frame(0, data[5:]))
+    assert a.take_frames() == [(opcode, data), (PONG, b""), (opcode, data)]
+
+
+async def test_echo_obeys_the_same_rules(host: Host) -> None:
+    for data, code in (*BROKEN.values(), (frame(BINARY, "x" * 65537), 1009)):
+        if code != 1003:
+            a = host.connect("/echo", peername=HERE)
+            a.feed(data)
+            assert a.take_close() == code, data
+
+
+async def test_echo_joins_nothing_waits_for_nothing_and_counts_no_message(host: Host) -> None:
+    a = host.connect("/echo?room=r", peername=HERE)
+    text = '{"type":"join","room":"r","sender":"a"}'
+    a.say(text)
+    assert a.take_frames() == [(TEXT, text.encode())]
+    assert host.relay.room_count == 0
+    for _ in range(80):
+        host.advance(1)
+        a.feed(frame(PONG))
+    assert {opcode for opcode, _ in a.take_frames()} == {PING}
+    assert not {"received_messages_total", "sent_messages_total"} & set(host.counted())
+    a.feed(frame(CLOSE, b"\x03\xe8"))
+    assert a.take_frames() == [(CLOSE, b"\x03\xe8")]
+    assert a.is_gone()
 
 
 # ---- slow readers

@@ -5,16 +5,18 @@ makes envelopes, damages them, and both must accept and refuse the same with the
 FASTSIG_HYPOTHESIS_EXAMPLES=20000 with `pytest -o timeout=0` makes a long run of it (two minutes).
 """
 
+import codecs
 import json
 import os
 import re
 import unicodedata
+from itertools import pairwise, product
 from typing import Any, NoReturn
 
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from fastsig._relay import scan
+from fastsig._relay import scan, utf8_piece_at_fault
 
 settings.register_profile(
     "scan",
@@ -546,6 +548,45 @@ def test_bytes_that_are_not_utf8_are_found_at_any_place(raw: bytes) -> None:
     for before in (0, 1, 7, 8, 15, 16, 17, 63, 64, 70):
         assert verdict_of(b'{"type":"x","payload":"' + b"a" * before + raw + b'"}') == "bad_utf8"
         assert verdict_of(b"a" * before + raw) == "bad_utf8"
+
+
+def piece_at_fault(pieces: list[bytes]) -> int | None:
+    """What Python's decoder says. It too refuses at once what nothing could make good, but for surrogates: their third
+    byte it awaits, since a handler of errors may let them pass."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    for place, piece in enumerate([*pieces, b""]):
+        try:
+            decoder.decode(piece, final=place == len(pieces))
+        except UnicodeDecodeError:
+            return place
+        if b"\xed\xa0" <= decoder.getstate()[0] <= b"\xed\xbf":
+            return place
+    return None
+
+
+UNITS = st.one_of(
+    st.binary(max_size=3),
+    st.text(max_size=40).map(str.encode),
+    st.sampled_from([bytes.fromhex(h) for h in BAD_UTF8.split()]),
+    st.sampled_from([b"a" * n for n in (1, 7, 8, 15, 16, 63, 64, 65, 200)]),
+)
+
+
+@PROFILE
+@given(st.lists(UNITS, max_size=6).map(b"".join), st.lists(st.integers(0, 300), max_size=8))
+def test_text_in_pieces_is_judged_as_python_judges_it(data: bytes, cuts: list[int]) -> None:
+    edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
+    pieces = [data[start:end] for start, end in pairwise(edges)]
+    assert utf8_piece_at_fault(pieces) == piece_at_fault(pieces)
+
+
+def test_every_beginning_of_a_character_is_judged_as_python_judges_it() -> None:
+    borders = bytes([0, 0x7F, 0x80, 0x8F, 0x90, 0x9F, 0xA0, 0xBF, 0xC0, 0xFF])
+    for lead in range(0x80, 0x100):
+        for rest in product(borders, repeat=3):
+            text = bytes([lead, *rest])
+            for pieces in ([text], [text[:1], text[1:]], [text[:2], text[2:]], [text[i : i + 1] for i in range(4)]):
+                assert utf8_piece_at_fault(pieces) == piece_at_fault(pieces), pieces
 
 
 def test_the_borders_of_utf8_are_valid() -> None:

@@ -15,6 +15,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 
 from fastsig import config, tracing
 from fastsig.errors import ConfigError
+from fastsig.logs import FLOOD_LINES, FLOOD_S
 from fastsig.protocol import read_traceparent
 from fastsig.routing import Address, Place, View
 from fastsig.tracing import Tracer
@@ -36,7 +37,7 @@ class Traced:
         self.host = host
         self._exporter = InMemorySpanExporter()
         settings = config.build({key.replace("_", ".", 1): value for key, value in options.items()})
-        self.tracer = Tracer(settings, host.place, SimpleSpanProcessor(self._exporter))
+        self.tracer = Tracer(settings, host.place, SimpleSpanProcessor(self._exporter), clock=lambda: host.now)
         host.hub.tracer = host.door.tracer = self.tracer
 
     def take(self, name: str | None = None) -> list[ReadableSpan]:
@@ -224,6 +225,33 @@ async def test_error_is_told_in_the_trace_of_the_last_join_that_named_one(traced
     )  # fmt: skip
 
 
+async def test_of_a_flood_of_errors_with_one_code_the_first_of_each_second_are_recorded(traced: Traced) -> None:
+    client = traced.connect()
+    traced.take()
+    for _ in range(3 * FLOOD_LINES):
+        client.say(type="offer", room="r", recipient="b")
+    client.say(type="leave")
+    found = [attributes(span) for span in traced.take()]
+    assert found == [*[{"connection": "0.1.1", "code": "not_joined"}] * FLOOD_LINES,
+                     {"connection": "0.1.1", "code": "bad_message"}]  # fmt: skip
+    traced.host.advance(FLOOD_S)
+    client.say(type="offer", room="r", recipient="b")
+    (span,) = traced.take()
+    assert attributes(span) == {"connection": "0.1.1", "code": "not_joined", "suppressed": 2 * FLOOD_LINES}
+
+
+async def test_join_that_meets_a_bug_ends_with_it(traced: Traced, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    client = traced.connect()
+    traced.take()
+    monkeypatch.setattr(traced.host.hub.rooms, "check", fail)
+    client.say(type="join", room="r")
+    (join,) = traced.take()
+    assert (join.name, attributes(join)["result"], join.status.status_code) == ("join", "internal", StatusCode.ERROR)
+
+
 async def test_relay_shows_type_and_size_and_names_no_type_of_the_peers(traced: Traced) -> None:
     for kind, shown in (("offer", "offer"), ("x-secret", "x-*")):
         traced.tracer.relayed(kind, 321, 10.0, 10.5)
@@ -287,6 +315,23 @@ async def test_join_whose_peer_goes_before_it_is_decided_is_withdrawn() -> None:
     client.feed_only(frame_of(type="join", room=cluster.room(owner=1)))
     client.transport.protocol.connection_lost(None)
     cluster.run()
+    (join,) = home.take()
+    assert attributes(join)["result"] == "withdrawn"
+
+
+async def test_join_whose_decision_meets_a_bug_ends_with_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    cluster = Cluster(2)
+    home = Traced(cluster[0])
+    client = home.connect()
+    home.take()
+    client.feed_only(frame_of(type="join", room=cluster.room(owner=1)))
+    monkeypatch.setattr("fastsig.hub._settle", fail)
+    cluster.run()
+    assert home.take() == []
+    client.transport.protocol.connection_lost(None)
     (join,) = home.take()
     assert attributes(join)["result"] == "withdrawn"
 
@@ -446,7 +491,7 @@ def test_sdk_that_is_disabled_makes_no_tracer_and_no_thread(monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("OTEL_BSP_MAX_QUEUE_SIZE", "0")],
+    [("OTEL_BSP_MAX_QUEUE_SIZE", "0"), ("OTEL_BSP_MAX_QUEUE_SIZE", "many")],
 )
 def test_variable_that_the_sdk_cannot_use_is_the_operators_to_mend(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
