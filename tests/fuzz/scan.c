@@ -65,12 +65,13 @@ static void check_escape(text t, size_t (*escape)(char *, const char *, size_t),
 typedef struct {
     const char *name;
     int (*scan)(const char *, size_t, found *);
+    int (*is_utf8)(const char *, size_t, size_t);
     size_t (*escape)(char *, const char *, size_t);
 } variant;
 
 static const variant variants[] = {
-    {"sse2", scan_sse2, scan_sse2_escape},
-    {"portable", scan_portable, scan_portable_escape},
+    {"sse2", scan_sse2, scan_sse2_utf8, scan_sse2_escape},
+    {"portable", scan_portable, scan_portable_utf8, scan_portable_escape},
 };
 
 #define VARIANTS (sizeof variants / sizeof *variants)
@@ -83,6 +84,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n)
     for (size_t i = 0; i < VARIANTS; i++) {
         if (!variants[i].scan(message, n, &f)) fail("its own bounds are broken", variants[i].name);
         check_alike(&f, &expected, message, n, variants[i].name);
+        if (variants[i].is_utf8(message, n, 1 + n % 23) != (expected.verdict != BAD_UTF8))
+            fail("text in pieces is judged otherwise than the whole", variants[i].name);
     }
     if (f.id.p) /* still that of the last variant: the oracle's own texts do not outlive its next verdict */
         for (size_t i = 0; i < VARIANTS; i++) check_escape(f.id, variants[i].escape, variants[i].name);

@@ -27,6 +27,9 @@ typedef struct {
 /* 0 if what it found breaks its own bounds. */
 int scan_sse2(const char *message, size_t n, found *out);
 int scan_portable(const char *message, size_t n, found *out);
+/* Is it UTF-8, when it comes in pieces of that size? */
+int scan_sse2_utf8(const char *p, size_t n, size_t piece);
+int scan_portable_utf8(const char *p, size_t n, size_t piece);
 size_t scan_sse2_escape(char *out, const char *p, size_t n);
 size_t scan_portable_escape(char *out, const char *p, size_t n);
 

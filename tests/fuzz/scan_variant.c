@@ -27,6 +27,14 @@ int VARIANT(const char *message, size_t n, found *out)
     return 1;
 }
 
+int CAT(VARIANT, _utf8)(const char *p, size_t n, size_t piece)
+{
+    fs_utf8 open = {0, 0, 0};
+    for (; n > piece; p += piece, n -= piece)
+        if (!fs_utf8_goes_on(&open, p, piece)) return 0;
+    return fs_utf8_goes_on(&open, p, n) && !open.missing;
+}
+
 size_t CAT(VARIANT, _escape)(char *out, const char *p, size_t n)
 {
     return fs_escape(out, p, n);
