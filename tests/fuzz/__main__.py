@@ -36,7 +36,7 @@ FINDINGS: Final = BUILD / "findings"
 TARGETS: Final = ("scan", "frames", "mesh")
 SANITIZERS: Final = "address,undefined"
 FLAGS: Final = ("-g", "-O2", "-fno-sanitize-recover=all", "-Wall", "-Wextra", "-Werror", "-Ifastsig")
-MOST_BYTES: Final = {"scan": 1024, "frames": 250, "mesh": 250}  # of an input
+MOST_BYTES: Final = {"scan": 1024, "frames": 160, "mesh": 250}  # of an input
 MOST_MIB: Final = 1500  # of a process: what grows for ever is a finding
 GRACE_S: Final = 120  # for start, and the end of the last input
 

@@ -211,7 +211,7 @@ class Worker:
 
     def _repeat(self, stranger: Stranger, script: Script) -> None:
         times = script.byte()
-        stranger.feed_again(MANY if times == 255 else times % 8)
+        stranger.feed_again(MANY if times == 255 and script.may_cost else times % 8)
 
     def _wait(self, _: Stranger, script: Script) -> None:
         seconds = min(script.byte() / 16, self._seconds_left)

@@ -26,6 +26,11 @@ class Script:
     def __bool__(self) -> bool:
         return self._at < len(self._data)
 
+    @property
+    def may_cost(self) -> bool:
+        """One in sixteen may do what costs as much as all else in hundreds of them."""
+        return len(self._data) % 16 == 0
+
     def byte(self) -> int:
         """The next, 0 behind the end."""
         self._at += 1
