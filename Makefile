@@ -82,7 +82,7 @@ asan: build $(VENV)/.dev ## run the tests without sockets with AddressSanitizer 
 soak: build $(VENV)/.dev ## load and faults for MINUTES=30: does anything grow? The plot: build/soak.svg
 	@$(RUN) -m loadtest.soak --minutes $(MINUTES)
 
-panels: build $(VENV)/.dev ## plot the dashboard's queries from a real Prometheus into docs/img, for SECONDS=90 of load
+panels: build $(VENV)/.dev ## plot the dashboard's queries from a real Prometheus into docs/img/panels, for SECONDS=90 of load
 	@$(RUN) -m loadtest.panels --seconds $(or $(SECONDS),90)
 
 annotate: build ## write the page that shows what each line of the relay costs

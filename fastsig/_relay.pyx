@@ -205,7 +205,7 @@ cdef enum:
     MAX_PICKED = 4096        # that are timed or traced, in one turn
     WATCHED_MESSAGES = 64    # of a watched room, handed out for the metrics of calls
     WATCHED_BYTES = 16384    # of each
-    SEEN_BYTES = 4194304     # that wait to be taken; a room that has more to say is spent
+    SEEN_BYTES = 4194304     # that wait to be taken; a watched room that has more to say is spent
 
 cdef double ACK_S = 2.0      # PROTOCOL §3.2: a home that is silent for so long has delivered nothing
 cdef double OWNER_ACK_S = 2 * ACK_S  # the owner may have waited itself
@@ -412,11 +412,11 @@ cdef class Room(Named):
     cdef public object max_peers     # int or None, from the join that made the room
     cdef public dict roster          # of a room that is owned elsewhere, the hub's: the owner's as far as we heard
     cdef readonly size_t pins        # who needs the roster, besides our members
-    cdef int watch                   # what is still handed out of its call; 0: it is not watched, -1: spent
+    cdef int watch                   # 1 and what is still handed out of its call; 0: it is not watched, -1: spent
 
     @property
     def is_spent(self):
-        """Of a watched room: it had more to hand out than is handed out of one."""
+        """Of a watched room: something was left out, as it had more to hand out than is handed out of one."""
         return self.watch < 0
 
     def __len__(self):
@@ -2035,13 +2035,14 @@ cdef class Relay:
     cdef int _see(self, Member sender, Member recipient) except -1:
         cdef fs_envelope *e = &self.envelope
         cdef Room room = sender.room
+        if room.watch == 1 or self.seen_bytes > SEEN_BYTES:  # too much: it is left out, and no watch begins
+            room.watch = -1 if room.watch else 0
+            return 0
         if room.watch == 0:  # here, where it is handed out: who is not told of a watch never ends it
-            room.watch = WATCHED_MESSAGES
+            room.watch = WATCHED_MESSAGES + 1
             self.watches -= 1
         if room.watch > 0:
             room.watch -= 1
-            if room.watch == 0 or self.seen_bytes > SEEN_BYTES:
-                room.watch = -1
             self.seen_bytes += 0 if e.payload.p == NULL else min(e.payload.n, <uint32_t>WATCHED_BYTES)
             self.seen.append((
                 room, sender.n, 0 if recipient is None else recipient.n, metrics.RELAYED_TYPES[self.kind],

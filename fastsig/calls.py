@@ -9,8 +9,8 @@ Pure: no clock, no I/O; counts through the `Sink` that it is given. Payloads are
 once, and their shape, which is the client's own, is never parsed.
 
 Invariants: a room has one entry, which ends `WATCH_S` after its first offer; the tables of an entry are no longer than
-the messages that the relay hands out of one room; every offer that is followed is counted once, or, in a room of which
-not all was handed out, not judged.
+the messages that the relay hands out of one room; every offer that is followed is counted once, when its room is
+judged; none is where not all was handed out: only which were answered would be known.
 """
 
 import re
@@ -52,7 +52,7 @@ class Watched(Protocol):
 class Sink(Protocol):
     """Where is counted, as `_relay.Relay`."""
 
-    def count(self, index: int, /) -> None: ...
+    def count(self, index: int, more: int = 1, /) -> None: ...
     def set(self, index: int, value: int, /) -> None: ...
     def observe(self, histogram: Histogram, value: float, /) -> None: ...
 
@@ -64,11 +64,14 @@ Seen: TypeAlias = tuple[_Room, int, int, str, bytes, float]
 
 @dataclass(slots=True)
 class _Watch:
-    """`offers`: (from, to; 0 is everybody) → when, those that are not answered yet. `pairs`: two peers, the lower `n`
-    first → candidates between them; (0, n) are those that n sent to everybody."""
+    """`offers`: (from, to; 0 is everybody) → when, those that are not answered yet. `waits`: the seconds of those that
+    were. `pairs`: two peers, the lower `n` first → candidates between them; (0, n) are those that n sent to everybody.
+    """
 
     began_at: float
     offers: dict[tuple[int, int], float] = field(default_factory=dict)
+    waits: list[float] = field(default_factory=list)
+    collided: int = 0
     pairs: dict[tuple[int, int], int] = field(default_factory=dict)
 
 
@@ -99,7 +102,7 @@ class Calls(Generic[_Room]):
             if kind == "offer" and at < watch.began_at + OFFERS_S:
                 watch.offers.setdefault((sender, recipient), at)
             elif kind == "answer":
-                self._answer(watch.offers, sender, recipient, at)
+                _answer(watch, sender, recipient, at)
             self._count_candidates(watch, sender, recipient, candidate_types(kind, payload))
         self._sink.set(_WATCHED, len(self))
 
@@ -118,17 +121,6 @@ class Calls(Generic[_Room]):
         self._sink.set(_WATCHED, len(self))
         return ended
 
-    def _answer(self, offers: dict[tuple[int, int], float], sender: int, recipient: int, at: float) -> None:
-        fitting = _answerable(offers, sender, recipient)
-        offer = min(fitting, key=offers.__getitem__, default=None)
-        if offer is None:
-            return
-        self._sink.observe(_ANSWER_SECONDS, at - offers.pop(offer))
-        self._sink.count(_OFFERS["answered"])
-        for own in ((sender, offer[0]), (sender, 0)):
-            if offers.pop(own, None) is not None:
-                self._sink.count(_OFFERS["collided"])
-
     def _count_candidates(self, watch: _Watch, sender: int, recipient: int, types: list[str]) -> None:
         pair = (min(sender, recipient), max(sender, recipient))
         watch.pairs[pair] = watch.pairs.get(pair, 0) + len(types)
@@ -138,11 +130,16 @@ class Calls(Generic[_Room]):
     def _judge(self, room: _Room, watch: _Watch) -> None:
         """Idempotent. What a spent room said last is not known: an answer, more candidates."""
         if not room.is_spent:
-            for _ in watch.offers:
-                self._sink.count(_OFFERS["unanswered"])
+            self._sink.count(_OFFERS["answered"], len(watch.waits))
+            self._sink.count(_OFFERS["unanswered"], len(watch.offers))
+            self._sink.count(_OFFERS["collided"], watch.collided)
+            for seconds in watch.waits:
+                self._sink.observe(_ANSWER_SECONDS, seconds)
             for candidates in _by_pair(watch.pairs):
                 self._sink.observe(_PER_PAIR, candidates)
         watch.offers.clear()
+        watch.waits.clear()
+        watch.collided = 0
         watch.pairs.clear()
 
 
@@ -159,6 +156,17 @@ def candidate_types(kind: str, payload: bytes) -> list[str]:
         return found or ([] if payload in _EMPTY or _NONE.search(payload) else [UNKNOWN])
     whole = (line[1] for line in lines if line[1].strip() and line.end() < len(payload))
     return [match[1].decode() if (match := _TYPE.search(line)) else UNKNOWN for line in whole]
+
+
+def _answer(watch: _Watch, sender: int, recipient: int, at: float) -> None:
+    offers = watch.offers
+    offer = min(_answerable(offers, sender, recipient), key=offers.__getitem__, default=None)
+    if offer is None:
+        return
+    watch.waits.append(at - offers.pop(offer))
+    for own in ((sender, offer[0]), (sender, 0)):
+        if offers.pop(own, None) is not None:
+            watch.collided += 1
 
 
 def _answerable(offers: dict[tuple[int, int], float], sender: int, recipient: int) -> list[tuple[int, int]]:

@@ -23,6 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, Final, Protocol
 from urllib.parse import unquote_to_bytes
@@ -62,6 +63,7 @@ _REPLAYED: Final = (
     b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
 )
 _RESULTS: Final = metrics.indexes("handshakes_total")
+_BUGS: Final = metrics.index("internal_errors_total")
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
 _FORWARDED: Final = frozenset({"forwarded", "via", "x-real-ip"})  # and whatever begins with x-forwarded
@@ -324,6 +326,7 @@ class Handshake(asyncio.Protocol):
             self._refuse(refusal)
         except Exception:  # noqa: BLE001 (the acceptor is one of the three places that catch broadly)
             _log.exception("internal_error")
+            self._door.relay.count(_BUGS)
             self._refuse(
                 HttpError("internal", "The server failed to handle this request.", headers="Retry-After: 5\r\n")
             )
@@ -391,12 +394,18 @@ class Handshake(asyncio.Protocol):
 def new_websocket(connection: Connection) -> Any:
     """A picows protocol for it that awaits a frame. While it is made, `connection` must be in its handshake."""
     websocket = WSProtocol(
-        None, None, False, lambda request: connection, _SILENT, True, None, False, 20, 20,
+        None, None, False, lambda request: connection, picows_log(connection.relay), True, None, False, 20, 20,
         WSAutoPingStrategy.PING_WHEN_IDLE, False, connection.relay.message_bytes, None, READ_BUFFER_BYTES,
     )  # fmt: skip
     websocket.connection_made(connection)
     _feed(websocket, _REPLAYED, connection)
     return websocket
+
+
+@lru_cache(maxsize=1)  # a worker has one relay
+def picows_log(relay: Relay) -> "_Silent":
+    """What picows logs to."""
+    return _Silent(relay)
 
 
 def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
@@ -643,6 +652,9 @@ class Edge:
 class _Silent:
     """The logger that picows gets: what it says about a peer, the close code says. Its bugs are ours to hear of."""
 
+    def __init__(self, relay: Relay) -> None:
+        self._relay = relay
+
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (the logging module's name)
         return False
 
@@ -654,6 +666,4 @@ class _Silent:
     def exception(self, message: str, *args: object, **kwargs: object) -> None:
         """picows met an exception that was not a protocol error."""
         _log.exception("internal_error", part="picows", what=message)
-
-
-_SILENT: Final = _Silent()
+        self._relay.count(_BUGS)

@@ -21,6 +21,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -58,8 +59,11 @@ _log = logs.get("fastsig.hub")
 
 ERROR_WINDOW_S: Final = 5.0
 DECISION_S: Final = 5.0  # PROTOCOL §3, Waiting
+REPORT_S: Final = 30.0  # what a peer reports again within this is no news (PROTOCOL §3.1)
+REPORTS: Final = 64  # of one connection that count within it
 
 _ERRORS: Final = metrics.indexes("errors_total")
+_BUGS: Final = metrics.index("internal_errors_total")
 _REPORTS: Final = metrics.indexes("peer_connection_reports_total")
 _SETUP_SECONDS: Final = metrics.histogram("peer_connection_setup_seconds")
 
@@ -84,6 +88,18 @@ class _Tracer(Protocol):
     def failed(self, connection: Connection) -> None: ...
     def refused(self, connection: Connection | None, code: str) -> None: ...
     def relayed(self, type: str, size: int, began: float, ended: float) -> None: ...
+
+
+@dataclass(slots=True)
+class _Record:
+    """What is kept of a connection that erred or reported: most do neither.
+
+    `errors`: when the latest were. `reports`: those that counted in the last `REPORT_S` → when, the oldest first. Their
+    hashes are small, and do: were two of 64 the same, one would not be counted.
+    """
+
+    errors: deque[float] | None = None
+    reports: dict[int, float] = field(default_factory=dict)
 
 
 class Hub:
@@ -206,6 +222,7 @@ class Hub:
 
         Its peer id is logged: no secret (everybody in its rooms has it), and how a user who complains is found.
         """
+        self._relay.count(_BUGS)
         if connection is None:
             _log.exception("internal_error")
         else:
@@ -295,13 +312,15 @@ class Hub:
 
     def _report(self, connection: Connection, message: Message) -> None:
         """Of a peer who may have left: whether it was ever here is not asked. Nothing is answered."""
-        _membership(connection, _room_of(message))
+        room = _membership(connection, _room_of(message)).room.name
         if message.recipients is None or len(message.recipients) != 1:
             raise ProtocolError("bad_message")
         if message.recipients[0] == connection.peer:
             self.refuse(connection, "peer_unavailable", message.room, message.id, message.recipients)
             return
         report = protocol.read_report(message.payload)
+        if not self._is_news(connection, hash((room, message.recipients[0], report.outcome))):
+            return
         self._relay.count(_REPORTS[report.outcome])
         if report.outcome == "connected":
             ends = (report.local or metrics.UNKNOWN, report.remote or metrics.UNKNOWN)
@@ -538,11 +557,29 @@ class Hub:
         limit, now = self._limits.errors_per_5s, self._clock()
         if not limit:
             return False
-        times: deque[float] = connection.context or deque()
+        record = _record(connection)
+        times = record.errors or deque()
         if times.maxlen != limit + 1:  # its first error, or the limit is another than at its last
-            times = connection.context = deque(times, maxlen=limit + 1)
+            times = record.errors = deque(times, maxlen=limit + 1)
         times.append(now)
         return len(times) > limit and now - times[0] <= ERROR_WINDOW_S
+
+    def _is_news(self, connection: Connection, report: int) -> bool:
+        """Does this report (the hash of room, other peer, outcome) count? It is believed; but one peer is not many."""
+        now, reports = self._clock(), _record(connection).reports
+        while reports and next(iter(reports.values())) <= now - REPORT_S:
+            del reports[next(iter(reports))]
+        if report in reports or len(reports) >= REPORTS:
+            return False
+        reports[report] = now
+        return True
+
+
+def _record(connection: Connection) -> _Record:
+    record: _Record | None = connection.context
+    if record is None:
+        record = connection.context = _Record()
+    return record
 
 
 def _ordinal(entry: Entry) -> int:

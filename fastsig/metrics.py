@@ -8,9 +8,9 @@ The map has one slab per slot, a whole number of pages, of unsigned 64-bit words
 and reads it; a worker inherits the descriptor, maps its own slab (`open_slab`) and gives it to the relay, which adds to
 a word with one instruction. `FIRST` says where a family begins; a time is kept in nanoseconds (`Family.scale`).
 
-Invariants: a word has one writer, the slot's worker (`worker_restarts_total`: the supervisor), so that nothing is
-locked and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word
-is aligned: a reader sees it whole, but two words of one moment need not fit together.
+Invariants: a word has one writer, the slot's worker (restarts and deaths: the supervisor), so that nothing is locked
+and nothing is lost. Counters outlive a worker and go on in its successor; gauges are zeroed in between. A word is
+aligned: a reader sees it whole, but two words of one moment need not fit together.
 """
 
 import math
@@ -146,7 +146,10 @@ FAMILIES: Final = (
         " connection broke, worker_died where its worker ended with it, else the server's.",
         ("code", "reason"), ENDS,
     ),
-    Family("connection_duration_seconds", "histogram", "How long WebSockets lasted.", bounds=_LIVES, scale=NANO),
+    Family(
+        "connection_duration_seconds", "histogram",
+        "How long WebSockets lasted; not of those that ended with their worker.", bounds=_LIVES, scale=NANO,
+    ),
     Family("waiting_output_bytes", "gauge", "Output that the kernel refused so far: readers are slow."),
     Family("blocked_connections", "gauge", "Connections with such output."),
     # rooms
@@ -162,9 +165,16 @@ FAMILIES: Final = (
     Family("links_reset_total", "counter", "Ways to another worker that one broke off: too much was waiting."),
     Family("worker_restarts_total", "counter", "Workers started in place of one that had ended.", is_by_worker=True),
     Family(
+        "worker_deaths_total", "counter",
+        "Workers that ended unasked, or could not be started; not while the server ends.", is_by_worker=True,
+    ),
+    Family(
+        "internal_errors_total", "counter", "Bugs of ours that a worker met: each is in its log as internal_error."
+    ),
+    Family(
         "loop_lag_seconds", "histogram",
-        "How late the event loops of workers were for a timer, four times a second each: what a message waits.",
-        bounds=_LAG, scale=NANO,
+        "How late the event loop of a worker was for a timer, four times a second: what a message waits.",
+        bounds=_LAG, scale=NANO, is_by_worker=True,
     ),
     Family(
         "worker_loop_lag_seconds", "gauge", "The worst of that in the last ten seconds.", scale=NANO, is_by_worker=True
@@ -172,7 +182,8 @@ FAMILIES: Final = (
     # whether calls connect: as peers report it
     Family(
         "peer_connection_reports_total", "counter",
-        "What peers said with `report` about their peer connections. Each of the two ends counts.",
+        "What peers said with `report` about their peer connections. Each of the two ends counts; what one says of the"
+        " same peer again within 30 s does not.",
         *_each(("outcome", OUTCOMES)),
     ),
     Family(
@@ -187,11 +198,13 @@ FAMILIES: Final = (
     Family("watched_rooms", "gauge", "Rooms that are watched now: from an offer on, for 30 s."),
     Family(
         "watched_offers_total", "counter",
-        "Offers in watched rooms: answered, or not, or given up for one of the other side that crossed it.",
+        "Offers in watched rooms: answered, or not, or given up for one of the other side that crossed it. Counted when"
+        " the watch ends, where no message was left out.",
         *_each(("result", OFFERS)),
     ),
     Family(
-        "offer_answer_seconds", "histogram", "From an offer in a watched room to its answer.", bounds=_HUMAN, scale=NANO
+        "offer_answer_seconds", "histogram", "From an offer in a watched room to its answer; of those that count.",
+        bounds=_HUMAN, scale=NANO,
     ),
     Family(
         "watched_candidates_total", "counter", "ICE candidates in watched rooms, also those inside offers and answers.",

@@ -491,6 +491,7 @@ class Supervisor:
             worker.log.error("worker_lost", reason=reason)
 
     def _replace(self, slot: int, reason: str, log: logs.Logger) -> None:
+        self._counters.add(slot, "worker_deaths_total")
         retry_s = self._fleet.on_death(slot, reason, time.monotonic())
         if retry_s is not None:
             log.error("worker_died", reason=reason, retry_seconds=retry_s)

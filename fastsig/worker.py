@@ -77,6 +77,7 @@ HEAD_START: Final = 0.1  # of the drain: for so long before its close a client i
 
 LAG_WINDOW_S: Final = 10.0
 
+_BUGS: Final = metrics.index("internal_errors_total")
 _LAG: Final = metrics.histogram("loop_lag_seconds")
 _WORST_LAG: Final = metrics.index("worker_loop_lag_seconds")
 _HOST: Final = ""  # the name of this node: there is one
@@ -481,7 +482,7 @@ def main(fd: int) -> ExitCode:
     try:
         code: ExitCode = uvloop.run(_serve(boot, channel))
     except Exception as reason:  # noqa: BLE001 (the main loop is one of the three places that catch broadly)
-        if isinstance(reason, OSError | ConfigError):  # not ours: the supervisor says it in its one line
+        if _is_environment(reason):
             _log.debug("worker_failed", reason=str(reason))
         else:
             _log.exception("internal_error")
@@ -492,7 +493,18 @@ def main(fd: int) -> ExitCode:
 
 
 async def _serve(boot: Boot, channel: Channel) -> ExitCode:
-    return await Worker(boot, channel).run()
+    worker = Worker(boot, channel)
+    try:
+        return await worker.run()
+    except Exception as reason:
+        if not _is_environment(reason):
+            worker.relay.count(_BUGS)
+        raise
+
+
+def _is_environment(reason: Exception) -> bool:
+    """Not a bug: the supervisor says it in its one line."""
+    return isinstance(reason, OSError | ConfigError)
 
 
 if __name__ == "__main__":

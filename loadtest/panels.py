@@ -1,8 +1,9 @@
 """The dashboard without Grafana: its queries, asked of a real Prometheus that scrapes a server under load, as pictures.
 
 `make panels` starts a server with two workers, people who call each other, hold meetings and do what they should not,
-and a Prometheus; after SECONDS it writes docs/img, one picture for each row of deploy/grafana/fastsig.json. Two thirds
-through, worker 1 is killed: a dashboard must show that. To be looked at, not compared: the numbers differ every time.
+and a Prometheus; after SECONDS it writes docs/img/panels, one picture for each row of deploy/grafana/fastsig.json. Two
+thirds through, worker 1 is killed: a dashboard must show that. To be looked at, not compared: the numbers differ every
+time.
 
 `views` is what the dashboard asks for, also for its tests. The people are plain WebSocket clients, so that this shows
 what a stranger's clients look like.
@@ -35,7 +36,7 @@ from tests.e2e.prometheus import Prometheus, scraping
 
 ROOT: Final = Path(__file__).parent.parent
 DASHBOARD: Final = ROOT / "deploy" / "grafana" / "fastsig.json"
-IMAGES: Final = ROOT / "docs" / "img"
+IMAGES: Final = ROOT / "docs" / "img" / "panels"
 FIRST_PAGE: Final = "First page"
 STEP_S: Final = 2.0
 WINDOW_S: Final = 10  # $__rate_interval
@@ -321,14 +322,14 @@ async def run(seconds: float) -> dict[str, str]:
 
 
 def main() -> None:
-    """Write docs/img."""
+    """Write docs/img/panels."""
     parser = argparse.ArgumentParser(description="The dashboard's queries, plotted from a real Prometheus.")
     parser.add_argument("--seconds", type=float, default=90.0)
     made = asyncio.run(run(parser.parse_args().seconds))
     IMAGES.mkdir(exist_ok=True)
     for name, text in made.items():
         (IMAGES / name).write_text(text, encoding="utf-8")
-        print(f"docs/img/{name}: {len(text) // 1024} KiB")
+        print(f"docs/img/panels/{name}: {len(text) // 1024} KiB")
 
 
 if __name__ == "__main__":

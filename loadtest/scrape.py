@@ -159,7 +159,7 @@ def _late(port: int, core: int) -> tuple[float, float]:
     command = [str(sigload()), "--port", str(port), "--pin", str(core), "--duration", "5", "--warmup", "1", *load]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     (report,) = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
-    return report["latency_us"]["p50"], report["latency_us"]["p99"]
+    return report["lat_us"]["p50"], report["lat_us"]["p99"]
 
 
 def _get(url: str) -> bytes:

@@ -62,6 +62,7 @@ ROUND_S: Final = 10.0  # of load around each fault; the fault comes after a thir
 RETURN_S: Final = 20.0
 LEAST_SAMPLES: Final = 6  # at rest, after the warm-up, for a verdict about growth
 STAY_S: Final = (0.2, 3.0)  # of a reloader
+TALK_S: Final = 0.1  # a killed worker is away for longer
 SLOW: Final = 'disconnects_total{code="4003",reason="slow_reader"}'
 FLOOD: Final = 200  # messages of FLOOD_BYTES: more than the kernel's buffers and `limits.output_bytes` together
 FLOOD_BYTES: Final = 60000
@@ -306,7 +307,10 @@ def forget(swarm: Swarm) -> None:
 
 
 async def kill(soak: Soak) -> None:
-    """The worker of slot KILLED. Whoever stays says something, so that rooms which lost messages are known."""
+    """The worker of slot KILLED. Whoever stays goes on talking, so that rooms which lost messages are known.
+
+    Once is not enough: what is said before the other worker has noticed is lost, and nobody is told.
+    """
     victim = (await _status(soak.server)).workers[KILLED]
     assert victim.pid is not None
     pid, homed = victim.pid, victim.counters["connections"]
@@ -315,10 +319,17 @@ async def kill(soak: Soak) -> None:
     os.kill(pid, signal.SIGKILL)
     await _until(lambda: not is_running(pid), 1.0)
     await _until(lambda: sum(len(client.drops) > count for client, count in standing.items()) >= homed, 0.3)
-    for client in list(soak.swarm.clients):
-        for room in list(client.rooms):
-            client.say_to_all(room)
+    talking = asyncio.ensure_future(_talk_on(soak))
     soak.report.expect(await _is_replaced(soak.server, ready, 10.0), "a killed worker was not replaced within 10 s")
+    talking.cancel()
+
+
+async def _talk_on(soak: Soak) -> None:
+    while True:
+        for client in list(soak.swarm.clients):
+            for room in list(client.rooms):
+                client.say_to_all(room)
+        await asyncio.sleep(TALK_S)
 
 
 async def drop(soak: Soak, *, is_reset: bool = False) -> None:

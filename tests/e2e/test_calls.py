@@ -11,6 +11,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -202,3 +203,19 @@ async def test_without_reports_the_wire_shows_offers_and_candidates_and_no_outco
     }
     assert counters["watched_rooms"] == 3
     assert not _of(counters, "peer_connection") and "peer_connection_reports_total" not in counters
+
+
+def test_page_of_the_docs_reports_each_attempt_once(node: Path) -> None:
+    """Not what is back after a moment, with the age of the page as its time."""
+    states = [
+        [100, "connecting"], [700, "connected"], [600_000, "disconnected"], [603_000, "connected"],
+        [900_000, "disconnected"], [902_000, "failed"], [910_000, "restart"], [910_100, "connecting"],
+        [910_500, "connected"], [990_000, "disconnected"], [999_000, "failed"], [1_000_000, "restart"],
+        [1_009_000, "failed"], [1_009_500, "closed"],
+    ]  # fmt: skip
+    page = Path(__file__).parents[2] / "docs" / "calls.md"
+    command = ["node", str(node / "report.js"), str(page), json.dumps(states)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    assert json.loads(done.stdout) == [
+        {"outcome": "connected", "ms": 700}, {"outcome": "connected", "ms": 500}, {"outcome": "failed"}
+    ]  # fmt: skip

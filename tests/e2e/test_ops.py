@@ -215,8 +215,53 @@ def test_dead_worker_is_replaced_and_counted(serve: Serve) -> None:
     (worker,) = port.workers()
     os.kill(worker["pid"], signal.SIGKILL)
     server.wait_for("worker_ready")
-    assert port.value("worker_restarts_total", worker="0") == 1
+    assert port.value("worker_restarts_total", worker="0") == port.value("worker_deaths_total", worker="0") == 1
     assert port.workers()[0]["generation"] == 2
+
+
+def test_worker_that_cannot_be_started_again_is_counted_as_dead_each_time(tmp_path: Path) -> None:
+    """Its interpreter has gone, as in an upgrade that went wrong. The other serves on, and nothing else would tell."""
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec "{PYTHON}" "$@"\n', encoding="utf-8")
+    (tmp_path / "python").chmod(0o755)
+    number = free_port()
+    process = run_with(
+        tmp_path,
+        "channel.send(Ready(1)); open(f'pid-{boot.slot}', 'w').write(str(os.getpid())); wait(Stop)",
+        slots=2, prepare=f"sys.executable = {str(tmp_path / 'python')!r}",
+        options={"ops.port": number, "server.drain_seconds": 0.0},
+    )  # fmt: skip
+    port = Port(number)
+    try:
+        until(lambda: len(list(tmp_path.glob("pid-*"))) == 2 and _answers(port), "they are never ready")
+        (tmp_path / "python").unlink()
+        os.kill(int((tmp_path / "pid-1").read_text(encoding="utf-8")), signal.SIGKILL)
+        until(lambda: port.value("worker_deaths_total", worker="1") >= 3, "its starts that fail are not counted")
+        assert port.value("worker_restarts_total", worker="1") == port.value("worker_deaths_total", worker="0") == 0
+        assert port.value("workers", state="absent") == 1
+    finally:
+        process.terminate()
+        process.communicate(timeout=END_S)
+
+
+def test_bug_that_ends_a_worker_is_counted(tmp_path: Path) -> None:
+    number = free_port()
+    source = """        if boot.generation == 1:
+            channel.send(Ready(1))
+            sys.exit(1)
+        import uvloop
+        from fastsig import worker
+        end.setblocking(False)
+        worker._freeze = lambda: 1 / 0
+        uvloop.run(worker._serve(boot, channel))
+    """
+    process = run_with(tmp_path, source, options={"ops.port": number, "server.drain_seconds": 0.0})
+    port = Port(number)
+    try:
+        until(lambda: _answers(port) and port.value("internal_errors_total") >= 1, "it is not counted")
+        assert port.value("worker_deaths_total", worker="0") >= 1
+    finally:
+        process.terminate()
+        process.communicate(timeout=END_S)
 
 
 def test_server_that_starts_is_live_and_not_ready(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from tests.e2e.prometheus import INSTANCE, MISSING, Prometheus, in_seconds, is_i
 
 Serve = Callable[..., Server]
 FIRE_S = 25.0
-STOPPED_S = 3.0  # long enough to be late, too short to be replaced
+LATE_S, ON_TIME_S = 0.45, 0.1  # in turns: too short to be stuck, and no timer is on time for long
 SUCCESS = "job:fastsig_peer_connection_success:ratio_rate15m"
 
 
@@ -39,11 +40,11 @@ async def scraped(serve: Serve, folder: Path, *args: str) -> AsyncIterator[tuple
 
 
 async def _report(peer: ClientConnection, outcome: str, count: int) -> None:
-    """All are counted when this returns: the answer to the ping comes after them."""
+    """Each of another peer. All are counted when this returns: the answer to the ping comes after them."""
     payload = {"outcome": outcome, "ms": 250} if outcome == "connected" else {"outcome": outcome}
-    report = json.dumps({"type": "report", "room": "r", "recipient": "gone", "payload": payload})
-    for _ in range(count):
-        await peer.send(report)
+    for number in range(count):
+        report = {"type": "report", "room": "r", "recipient": f"gone-{number}", "payload": payload}
+        await peer.send(json.dumps(report))
     await peer.send('{"type":"ping","id":"last"}')
     answer = json.loads(await peer.recv())
     assert (answer["type"], answer.get("id")) == ("pong", "last")
@@ -54,8 +55,30 @@ def _pids(server: Server) -> dict[int, int]:
     return {worker.slot: worker.pid for worker in found if worker.pid}
 
 
-async def test_alerts_fire_for_a_dying_worker_a_late_loop_and_failing_calls(serve: Serve, tmp_path: Path) -> None:
-    """And nothing else does."""
+@contextlib.contextmanager
+def _stopping_again_and_again(pid: int) -> Iterator[None]:
+    """Its loop turns, but late nearly every time."""
+    is_over = threading.Event()
+
+    def stop_and_go() -> None:
+        while not is_over.wait(ON_TIME_S):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(LATE_S)
+            os.kill(pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=stop_and_go)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+
+
+async def test_alerts_fire_for_workers_that_die_stick_and_are_late_and_for_failing_calls(
+    serve: Serve, tmp_path: Path
+) -> None:
+    """And nothing else does; a stop alone, which is one late timer, is no late loop."""
     async with scraped(serve, tmp_path, "--workers", "2") as (server, prometheus):
         assert prometheus.now("fastsig_ready")[0][1] == 1
         assert prometheus.now(SUCCESS) == [], "a share of nothing is not guessed"
@@ -67,24 +90,33 @@ async def test_alerts_fire_for_a_dying_worker_a_late_loop_and_failing_calls(serv
             await _report(peer, "connected", 10)
             await _report(peer, "failed", 30)
         os.kill(pids[1], signal.SIGKILL)
-        os.kill(pids[0], signal.SIGSTOP)
-        try:
-            await asyncio.sleep(STOPPED_S)
-        finally:
-            os.kill(pids[0], signal.SIGCONT)
         fired: dict[str, dict[str, str]] = {}
 
-        def have_fired(prometheus: Prometheus) -> bool:
-            fired.update(prometheus.firing())
-            return len(fired) >= 3
+        async def wait_for(*names: str) -> None:
+            def have_fired(prometheus: Prometheus) -> bool:
+                fired.update(prometheus.firing())
+                return fired.keys() >= set(names)
 
-        await asyncio.to_thread(prometheus.wait_for, have_fired, f"only {fired.keys()} fired", FIRE_S)
-        assert fired.keys() == {"FastsigWorkerDying", "FastsigLoopLag", "FastsigFailingCalls"}
-        assert (fired["FastsigWorkerDying"]["worker"], fired["FastsigWorkerDying"]["instance"]) == ("1", INSTANCE)
-        assert (fired["FastsigLoopLag"]["worker"], fired["FastsigLoopLag"]["severity"]) == ("0", "warning")
-        assert fired["FastsigFailingCalls"]["severity"] == "critical"
+            await asyncio.to_thread(prometheus.wait_for, have_fired, f"not all of {names} fired", FIRE_S)
+
+        await wait_for("FastsigWorkerDying", "FastsigFailingCalls")
         ((_, share),) = prometheus.now(f"last_over_time({SUCCESS}[30s])")
         assert share == pytest.approx(0.25, abs=0.05)
+        os.kill(pids[0], signal.SIGSTOP)
+        try:
+            await wait_for("FastsigWorkerMissing")
+        finally:
+            os.kill(pids[0], signal.SIGCONT)
+        assert fired.keys() == {"FastsigWorkerDying", "FastsigFailingCalls", "FastsigWorkerMissing"}
+        with _stopping_again_and_again(pids[0]):
+            await wait_for("FastsigLoopLag")
+        assert fired.keys() == {
+            "FastsigWorkerDying", "FastsigFailingCalls", "FastsigWorkerMissing", "FastsigLoopLag"
+        }  # fmt: skip
+        assert (fired["FastsigWorkerDying"]["worker"], fired["FastsigWorkerDying"]["instance"]) == ("1", INSTANCE)
+        assert (fired["FastsigLoopLag"]["worker"], fired["FastsigLoopLag"]["severity"]) == ("0", "warning")
+        assert fired["FastsigFailingCalls"]["severity"] == fired["FastsigWorkerMissing"]["severity"] == "critical"
+        assert fired["FastsigWorkerMissing"]["instance"] == INSTANCE
 
 
 async def test_each_panel_asks_for_what_a_server_has_and_can_be_drawn(serve: Serve, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from fastsig.connection import HEAD_BYTES, Edge, accept_key, read_head
+from fastsig.connection import HEAD_BYTES, Edge, accept_key, picows_log, read_head
 from fastsig.errors import HttpError
 
 from .memory import HEAD, PING, PONG, TEXT, Client, Host, frame, parse_frames
@@ -363,3 +363,28 @@ def test_socket_that_cannot_be_watched_is_tried_by_the_clock(what: str, monkeypa
     assert not watcher.watched
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
+
+
+# ---- bugs
+
+
+async def test_bug_in_a_request_is_answered_with_503_and_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    host = Host()
+    monkeypatch.setattr(host.door, "answer", lambda *_: 1 / 0)
+    client = host.accept()
+    client.feed(HEAD.format(target="/ws").encode())
+    assert client.take_bytes().startswith(b"HTTP/1.1 503 ") and client.is_shut()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    counted = host.counted()
+    assert counted["internal_errors_total"] == counted['handshakes_total{result="internal"}'] == 1
+
+
+async def test_bug_that_picows_met_is_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    host = Host()
+    said = picows_log(host.relay)
+    said.exception("a bug in %s", "picows")
+    said.warning("a peer's mistake")
+    assert "part=picows" in capsys.readouterr().err
+    assert host.counted() == {"internal_errors_total": 1}

@@ -483,6 +483,58 @@ async def test_report_of_a_room_that_another_worker_owns_counts_where_it_was_mad
     assert [len(_reported(cluster[slot])) for slot in (0, 1)] == [0, 1]
 
 
+async def test_same_report_of_the_same_peer_counts_once_in_30_s(host: Host) -> None:
+    a = host.join("a")
+    a.say(type="join", room="other")
+    a.take()
+
+    def say(outcome: str, room: str = "r", recipient: str = "b") -> None:
+        a.say(type="report", room=room, recipient=recipient, payload={"outcome": outcome, "ms": 1})
+
+    for _ in range(3):
+        say("failed")
+        say("connected")
+    assert host.counted()["peer_connection_reports_total"] == 2
+    assert host.counted()["peer_connection_paths_total"] == sum(_setups(host).values()) == 1
+    say("failed", recipient="c")
+    say("failed", room="other")
+    host.advance(29.5)
+    say("failed")
+    assert host.counted()["peer_connection_reports_total"] == 4
+    host.advance(0.5)
+    say("failed")
+    assert host.counted()["peer_connection_reports_total"] == 5
+    assert a.take_frames() == [(9, b"")], "a ping, and no answer"
+
+
+async def test_what_one_connection_can_report_is_bounded(host: Host) -> None:
+    """Reports are believed, so one peer must not look like a thousand."""
+    a, b = host.join("a"), host.join("b")
+    for number in range(1000):
+        a.say(type="report", room="r", recipient=f"nobody-{number}", payload={"outcome": "failed"})
+    assert host.counted()["peer_connection_reports_total"] == 64
+    (connection,) = (one for one in host.relay.all_connections() if one.peer == "a")
+    assert len(connection.context.reports) == 64
+    b.say(type="report", room="r", recipient="a", payload={"outcome": "failed"})
+    assert host.counted()["peer_connection_reports_total"] == 65
+    host.advance(30)
+    a.say(type="report", room="r", recipient="b", payload={"outcome": "failed"})
+    assert host.counted()["peer_connection_reports_total"] == 66
+    assert len(connection.context.reports) == 1
+
+
+async def test_reports_and_errors_of_a_connection_are_kept_apart(host: Host) -> None:
+    a = host.join("a")
+    a.take()
+    for _ in range(host.limits.errors_per_5s):
+        a.say(type="report", room="r", recipient="b", payload={"outcome": "failed"})
+        a.say("{")
+        assert a.take_error() == "bad_json"
+    assert host.counted()["peer_connection_reports_total"] == 1
+    a.say("{")
+    assert a.take_close() == 4509
+
+
 # ---- bugs
 
 
@@ -499,6 +551,17 @@ async def test_bug_is_logged_with_the_connection_that_met_it(
     said = capsys.readouterr().err
     assert "internal_error connection=3.7.2 peer=b" in said and "ZeroDivisionError" in said
     assert "a secret" not in said
+    assert host.counted()["internal_errors_total"] == 1
+    assert "errors_total" not in host.counted(), "nothing was answered with an error"
+
+
+async def test_bug_of_nobody_counts_too(host: Host, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        host.hub.report_bug(None)
+    assert "internal_error" in capsys.readouterr().err
+    assert host.counted()["internal_errors_total"] == 1
 
 
 # ---- other limits while it runs

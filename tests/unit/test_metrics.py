@@ -289,13 +289,18 @@ async def test_room_is_watched_from_an_offer_on(host: Host) -> None:
     assert len(host.relay.take_seen()) == 1, "its place is free again"
 
 
-async def test_watched_room_is_spent_after_64_messages(host: Host) -> None:
+async def test_watched_room_is_spent_by_its_65th_message(host: Host) -> None:
     host.watch_rooms(1)
-    a, _b = host.join("a"), host.join("b")
-    for _ in range(70):
+    a, b = host.join("a"), host.join("b")
+    for _ in range(64):
         a.say(type="offer", room="r", recipient="b")
     seen = host.relay.take_seen()
-    assert (len(seen), seen[0][0].is_spent) == (64, True)
+    assert (len(seen), seen[0][0].is_spent) == (64, False)
+    b.say(type="message", room="r")
+    assert not seen[0][0].is_spent, "which is of no call"
+    for _ in range(2):
+        b.say(type="answer", room="r", recipient="a")
+        assert (host.relay.take_seen(), seen[0][0].is_spent) == ([], True)
     host.relay.end_watch(seen[0][0])
     a.say(type="offer", room="r", recipient="b")
     assert len(host.relay.take_seen()) == 1
@@ -309,8 +314,13 @@ async def test_what_waits_to_be_looked_at_is_bounded(host: Host) -> None:
             a.say(type="offer", room=f"room {number}", recipient="b", payload="x" * 16384)
     seen = host.relay.take_seen()
     assert sum(len(entry[4]) for entry in seen) < 4 * 2**20 + 101 * 16384
-    assert seen[0][0].is_spent
+    assert not seen[0][0].is_spent, "all of its 64 are there"
     assert seen[-1][0].is_spent
+    watched = {entry[0] for entry in seen}
+    assert host.relay.stats()["rooms_watched"] == len(watched), "who was not handed out has no place to give back"
+    for room in watched:
+        host.relay.end_watch(room)
+    assert host.relay.stats()["rooms_watched"] == 0
 
 
 async def test_nothing_is_watched_when_that_is_off(host: Host) -> None:
@@ -373,13 +383,14 @@ def test_counters_outlive_a_worker_and_gauges_do_not(counters: Counters) -> None
         _worker(counters, slot)[:WORDS] = memoryview(bytearray(b"\1" + bytes(7)) * WORDS).cast("Q")
     counters.bury(1)
     counters.add(1, "worker_restarts_total")
+    counters.add(1, "worker_deaths_total")
     left = counters.words(1)
     for family in IN_MAP:
         own = left[FIRST[family.name] : FIRST[family.name] + family.words]
         if family.name == "disconnects_total":
             died = metrics.ENDS.index(metrics.WORKER_DIED)
             assert own.pop(died) == 2, "its one connection"
-        one = 1 + (family.name == "worker_restarts_total")
+        one = 1 + (family.name in {"worker_restarts_total", "worker_deaths_total"})
         assert set(own) == {0 if family.kind == "gauge" else one}
     assert set(counters.words(0)) == set(counters.words(2)) == {1}
 
