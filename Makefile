@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench bench-full bench-page faults loadtest hostile guard guard-baseline conformance soak panels annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest hostile guard guard-baseline conformance fuzz asan soak panels annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,22 @@ guard-baseline: build $(VENV)/.dev ## make today's instructions the baseline, fo
 conformance: build $(VENV)/.dev ## RFC 6455 by the Autobahn test suite, which needs a Python 2.7 (ARGS="--cases 6.4.*")
 	@$(RUN) -m loadtest.conformance $(ARGS)
 
+fuzz: build $(VENV)/.dev ## fuzz scanner, frames and mesh with sanitizers for SECONDS=60; findings: build/fuzz/findings
+	@echo "fastsig: fuzzing for $(or $(SECONDS),60) s"
+	@$(RUN) -m tests.fuzz --seconds $(or $(SECONDS),60) $(ARGS)
+
+asan: build $(VENV)/.dev ## run the tests without sockets with AddressSanitizer and UBSan (ARGS="-k name")
+	@echo "fastsig: building with AddressSanitizer and UBSan in build/asan"
+	@mkdir -p build/asan && rm -rf build/asan/lib
+	@FASTSIG_SANITIZE=address,undefined $(RUN) setup.py --quiet build --build-base build/asan --build-lib build/asan/lib
+	@mkdir -p build/asan/lib/tests && cp pyproject.toml build/asan/lib
+	@cp -r tests/__init__.py tests/conftest.py tests/unit tests/fuzz build/asan/lib/tests
+	@cp -r docs README.md build/asan/lib
+	@cd build/asan/lib && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	    PYTHONMALLOC=malloc PYTHONDONTWRITEBYTECODE=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	    ../../../$(RUN) -m pytest --quiet -p no:cacheprovider -o timeout=300 \
+	    $(addprefix --ignore=tests/unit/test_,bench.py conformance.py dashboards.py) tests/unit $(ARGS)
+
 soak: build $(VENV)/.dev ## load and faults for MINUTES=30: does anything grow? The plot: build/soak.svg
 	@$(RUN) -m loadtest.soak --minutes $(MINUTES)
 
@@ -80,7 +96,7 @@ coverage: build $(VENV)/.dev ## which lines of Python and Cython the unit tests 
 	@echo "fastsig: building with traced lines in build/coverage"
 	@rm -rf build/coverage && mkdir -p build/coverage/tests
 	@cp -r fastsig pyproject.toml setup.py README.md SECURITY.md LICENSE docs deploy loadtest build/coverage
-	@cp -r tests/__init__.py tests/conftest.py tests/unit build/coverage/tests
+	@cp -r tests/__init__.py tests/conftest.py tests/unit tests/fuzz build/coverage/tests
 	@mkdir build/coverage/tests/e2e && cp tests/e2e/*.py build/coverage/tests/e2e
 	@rm -f build/coverage/fastsig/*.so build/coverage/fastsig/_relay.c
 	@cd build/coverage && FASTSIG_COVERAGE=1 ../../$(RUN) setup.py --quiet build_ext --inplace

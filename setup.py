@@ -4,6 +4,8 @@ Switches, from the environment (`make` builds anew when one changes; by hand use
 FASTSIG_DEBUG=1     asserts and invariants on, no optimisation
 FASTSIG_COVERAGE=1  lines can be traced, for `make coverage`
 FASTSIG_ANNOTATE=1  an HTML page beside the C file shows what each line costs, for `make annotate`
+FASTSIG_SANITIZE    what `-fsanitize=` takes, for `make asan` and `make fuzz`; invariants are on. Never in place: only a
+                    process that has the sanitizer's runtime can import it
 """
 
 import os
@@ -19,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 DEBUG, COVERAGE, ANNOTATE = (os.environ.get(f"FASTSIG_{name}") == "1" for name in ("DEBUG", "COVERAGE", "ANNOTATE"))
+SANITIZE = os.environ.get("FASTSIG_SANITIZE", "")
 
 
 class BuildExt(build_ext):
@@ -33,8 +36,14 @@ class BuildExt(build_ext):
         super().run()
 
 
+def compile_args() -> list[str]:
+    if SANITIZE:
+        return ["-O1", "-g", "-fno-omit-frame-pointer", f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    return ["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3"]
+
+
 macros: list[tuple[str, str | None]] = []
-if DEBUG:
+if DEBUG or SANITIZE:
     macros.append(("FASTSIG_DEBUG", "1"))
 if COVERAGE:
     macros += [("CYTHON_TRACE", "1"), ("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")]
@@ -45,7 +54,8 @@ relay = Extension(
     depends=["fastsig/_scan.h", "setup.py"],
     include_dirs=["fastsig"],
     define_macros=macros,
-    extra_compile_args=["-O0", "-g", "-UNDEBUG"] if DEBUG else ["-O3"],
+    extra_compile_args=compile_args(),
+    extra_link_args=[f"-fsanitize={SANITIZE}"] if SANITIZE else [],
 )
 modules = cythonize(
     [relay],

@@ -62,6 +62,9 @@ cdef extern from "_scan.h" nogil:
         FS_BAD_JSON
         FS_BAD_MESSAGE
         FS_TOO_LARGE
+        FS_MAX_RECIPIENTS
+        FS_MAX_TYPE_BYTES
+        FS_MAX_ID_BYTES
     ctypedef struct fs_envelope:
         fs_text type
         fs_text room
@@ -1494,8 +1497,8 @@ cdef class Neighbour:
         memcpy(&payload, p + 12, 4)
         memcpy(&number, p + 16, 4)
         p += RELAYED_HEAD
-        if e.recipients > 32:
-            return self._not_understood()
+        if e.recipients > FS_MAX_RECIPIENTS or e.type.n > FS_MAX_TYPE_BYTES or e.id.n > FS_MAX_ID_BYTES:
+            return self._not_understood()  # what is written of it later relies on these limits
         e.payload.n = 0 if payload == NO_PAYLOAD else payload
         p = cut(p, end, &e.type)
         p = cut(p, end, &e.id)
