@@ -169,6 +169,7 @@ class Worker:
 
     async def run(self) -> ExitCode:
         """Serve until told to stop; then close whoever is left and wait for them, at most `GOODBYE_S`."""
+        self._loop.set_exception_handler(self._on_loop_error)
         await self._join_mesh()  # first: a join that came before its links would find rooms that seem empty
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
@@ -183,6 +184,11 @@ class Worker:
         await self._close_all(await self._stop)
         await self._flush()
         return ExitCode.OK
+
+    def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What no callback caught: ours to mend. The loop goes on."""
+        self.relay.count(_BUGS)
+        _log.error("internal_error", part="loop", what=context["message"], exc_info=context.get("exception"))
 
     async def _join_mesh(self) -> None:
         """The links that came with `Boot`: what the others announce over them comes before any join.

@@ -264,6 +264,27 @@ def test_bug_that_ends_a_worker_is_counted(tmp_path: Path) -> None:
         process.communicate(timeout=END_S)
 
 
+def test_bug_in_a_callback_is_counted_and_ends_nothing(tmp_path: Path) -> None:
+    number = free_port()
+    source = """        import asyncio
+        import uvloop
+        from fastsig import worker
+        end.setblocking(False)
+        worker._freeze = lambda: asyncio.get_running_loop().call_soon(lambda: 1 / 0)
+        uvloop.run(worker._serve(boot, channel))
+    """
+    process = run_with(tmp_path, source, options={"ops.port": number, "server.drain_seconds": 0.0})
+    port = Port(number)
+    try:
+        until(lambda: _answers(port) and port.value("internal_errors_total") == 1, "it is not counted")
+        until(lambda: port.get("/readyz").status == 200, "the worker does not serve")
+        assert port.value("worker_deaths_total", worker="0") == 0
+    finally:
+        process.terminate()
+        _, said = process.communicate(timeout=END_S)
+    assert said.count("internal_error") == 1 and "ZeroDivisionError" in said
+
+
 def test_server_that_starts_is_live_and_not_ready(tmp_path: Path) -> None:
     number = free_port()
     waits = "time.sleep(0.1)\nwhile not os.path.exists('go'): time.sleep(0.02)\nchannel.send(Ready(1)); wait(Stop)"
