@@ -790,7 +790,9 @@ async def _enter(everybody: list[Client]) -> tuple[list[Client], list[Client]]:
     for client in everybody:
         tasks.add(asyncio.ensure_future(enter(client)))
         if len(tasks) >= 50:
-            _, tasks = await asyncio.wait(tasks, timeout=2.0, return_when=asyncio.FIRST_COMPLETED)
+            done, tasks = await asyncio.wait(tasks, timeout=2.0, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                break
     await asyncio.wait(tasks, timeout=2.0)
     for task in tasks:
         task.cancel()
