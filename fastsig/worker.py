@@ -188,7 +188,10 @@ class Worker:
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """What no callback caught: ours to mend. The loop goes on."""
         self.relay.count(_BUGS)
-        _log.error("internal_error", part="loop", what=context["message"], exc_info=context.get("exception"))
+        try:
+            raise context.get("exception") or InvariantError(context["message"])
+        except Exception:  # noqa: BLE001 # it was not caught where it should have been
+            _log.exception("internal_error", part="loop", what=context["message"])
 
     async def _join_mesh(self) -> None:
         """The links that came with `Boot`: what the others announce over them comes before any join.

@@ -5,12 +5,15 @@ tests are named in the very last line.
 """
 
 import asyncio
+import logging
 import os
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 
 import pytest
 import uvloop
+
+from fastsig import logs
 
 IS_CI = os.environ.get("CI", "").lower() not in ("", "0", "false")
 _skipped: dict[str, list[str]] = {}  # reason -> names
@@ -20,6 +23,19 @@ def pytest_asyncio_loop_factories(
     config: pytest.Config, item: pytest.Item
 ) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def _log_as_before() -> Iterator[None]:
+    """How this process logs is put back after each test: the log's settings are those of the whole process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    before = {name: getattr(logs._output, name) for name in logs._Output.__slots__}
+    logs._output.flood = logs.Flood()
+    yield
+    root.handlers, root.level = handlers, level
+    for name, value in before.items():
+        setattr(logs._output, name, value)
 
 
 def _account(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -211,6 +211,7 @@ def started_by(mark: str) -> list[int]:
 def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     command = run(tmp_path, "--peers", "fastsig", "--tests", "relayN-200", "--rounds", "1000")
     marked = os.environ | {MARK: str(tmp_path)}
+    command = ["env", "--default-signal=INT", *command]  # who runs the tests in the background has it ignored
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=marked) as process:
         try:
             yield process

@@ -44,18 +44,11 @@ class Stream(io.StringIO):
 
 
 @pytest.fixture
-def stream(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
-    """Where the log goes; all settings are put back."""
+def stream(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """Where the log goes."""
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    before = {name: getattr(logs._output, name) for name in logs._Output.__slots__}
-    logs._output.flood = logs.Flood()
-    yield Stream()
-    root.handlers, root.level = handlers, level
-    for name, value in before.items():
-        setattr(logs._output, name, value)
+    return Stream()
 
 
 def test_json_line_begins_with_the_four_common_keys(stream: Stream) -> None:
