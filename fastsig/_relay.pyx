@@ -151,7 +151,7 @@ cdef enum State:
 
 cdef enum Diversion:  # where what a peer says goes
     RELAY      # to be handled at once
-    WAIT       # a join is undecided, or this turn had enough: what comes behind it waits
+    WAIT       # a join is undecided: what comes behind it waits
     ECHO       # back to it (`server.echo_path`)
 
 cdef enum:
@@ -159,7 +159,6 @@ cdef enum:
     POOLED_CHUNKS = 1024
     FLUSH_ABOVE = 65536     # a buffer longer than this does not wait for the end of the turn
     FLUSHES_PER_TURN = 1024  # then other peers' input gets its chance
-    RARE_PER_TURN = 256     # messages that are not relayed, of all peers (5 ms of joins); then each waits for its turn
     OVERDRAFT = 33554432    # bytes of one worker above the limits for slow readers
     OVERDRAFT_EACH = 16777216  # of one connection
     MAX_FRAGMENTS = 4096    # per message: empty fragments would cost CPU for ever
@@ -622,7 +621,6 @@ cdef class Connection(WSListener):
     cdef size_t input_size            # the same since that buffer was new
     cdef bint is_oversized            # it is much larger than what was needed lately
     cdef Diversion diverted
-    cdef bint is_put_off              # what it says waits for the next turn
     cdef char *waiting                # messages, each behind its length: [waiting_from, waiting_to); NULL: none
     cdef size_t waiting_from, waiting_to, waiting_size
     cdef bint is_paused               # not read: more than WAITING_BYTES wait
@@ -1820,8 +1818,6 @@ cdef class Relay:
     cdef size_t dirty_from, dirty_to, dirty_size
     cdef bint is_scheduled
     cdef list doomed                # (connection, close code or 0)
-    cdef list put_off               # connections whose input goes on in the next turn
-    cdef int rare                   # messages of this turn that were not relayed
     cdef set overdrawn              # connections above the limit for slow readers
     cdef size_t overdraft           # the sum of theirs
     cdef object flush_method        # bound once: call_soon would build one per turn
@@ -1854,7 +1850,6 @@ cdef class Relay:
     def __cinit__(self):
         self.table = Table()
         self.doomed = []
-        self.put_off = []
         self.overdrawn = set()
         self.talking = []
         self.pending = {}
@@ -2354,8 +2349,7 @@ cdef class Relay:
 
     cpdef flush_soon(self):
         """Have `flush` run at the end of this loop turn, if there is anything to do."""
-        if not self.is_scheduled and (
-                self.dirty_from < self.dirty_to or self.doomed or self.talking or self.put_off):
+        if not self.is_scheduled and (self.dirty_from < self.dirty_to or self.doomed or self.talking):
             self.is_scheduled = True
             self.call_soon(self.flush_method)
 
@@ -2391,31 +2385,7 @@ cdef class Relay:
                     connection.fail(code)
             except Exception:
                 self._give_up(connection)
-        self.rare = 0
-        if self.put_off:
-            self._go_on()
         self.flush_soon()
-
-    cdef int _go_on(self) except -1:
-        """Those who were put off, in the order of their coming. Each has at least one message handled."""
-        cdef Connection connection
-        cdef list put_off = self.put_off
-        self.put_off = []
-        for connection in put_off:
-            connection.is_put_off = False
-            connection.proceed()
-        return 0
-
-    cdef int _spend(self, Connection connection) except -1:
-        """It had one handled that was not relayed. In a turn in which there were many, its next has to wait."""
-        self.rare += 1
-        if self.rare > RARE_PER_TURN and connection.diverted == RELAY and connection.state == OPEN:
-            connection.diverted = WAIT
-            if not connection.is_put_off:
-                connection.is_put_off = True
-                self.put_off.append(connection)
-                self.flush_soon()
-        return 0
 
     cdef int _step(self, Connection connection) except -1:
         """Flush one connection, at a place where it may be closed."""
@@ -2460,7 +2430,7 @@ cdef class Relay:
             message = message_of(&self.envelope)
             self._count_other(message.type, n)
             self.on_message(connection, message)
-            return self._spend(connection)
+            return 0
         self._count_other("other", n)
         if verdict == FS_BAD_UTF8:
             return connection.fail(1007)
@@ -2471,7 +2441,7 @@ cdef class Relay:
 
     cdef int _refuse(self, Connection connection, str code, list recipients) except -1:
         self.on_refused(connection, code, text_of(self.envelope.room), text_of(self.envelope.id), recipients)
-        return self._spend(connection)
+        return 0
 
     cdef int _relay(self, Connection connection) except -1:
         cdef fs_envelope *e = &self.envelope

@@ -50,6 +50,7 @@ MEMORY: Final[dict[str, Callable[[Scene], str]]] = {
     "memory: messages unread": memory.reads_nothing,
 }
 CROWD: Final = 40
-FLOODS: Final[dict[str, Callable[[Scene], str]]] = {
+# What the limits of rate are for, which have no effect yet: recorded, and held to nothing but that all is well again.
+UNLIMITED: Final[dict[str, Callable[[Scene], str]]] = {
     f"{CROWD} peers: a flood of {name}": partial(_flood, texts, by=CROWD) for name, texts in _FLOODS.items()
 }

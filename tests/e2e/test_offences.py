@@ -9,7 +9,7 @@ import pytest
 
 from loadtest.hostile import messages
 from loadtest.hostile.messages import Case
-from loadtest.hostile.offences import FLOODS, MEMORY, OFFENCES
+from loadtest.hostile.offences import MEMORY, OFFENCES
 from loadtest.hostile.pair import WORST_S
 from loadtest.hostile.scene import Scene
 from tests.unit.memory import PING, TEXT, frame
@@ -45,11 +45,6 @@ def test_input_pins_little(serve: Callable[..., Server], name: str) -> None:
     finding = scene.commit(name, MEMORY[name])
     assert finding.trips.worst_ms < 1000 * WORST_S
     scene.pair.close()
-
-
-@pytest.mark.parametrize("name", FLOODS)
-def test_crowd_that_floods_leaves_the_pair_its_turn(scene: Scene, name: str) -> None:
-    assert scene.commit(name, FLOODS[name]).trips.worst_ms < 1000 * WORST_S
 
 
 @pytest.mark.parametrize(

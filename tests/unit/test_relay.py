@@ -542,41 +542,6 @@ async def test_one_slow_reader_alone_does_not_take_all_that_the_worker_grants(ho
     assert all(connection.waiting_bytes < 18 << 20 for connection in host.relay.all_connections())
 
 
-PINGS = b"".join(frame(TEXT, f'{{"type":"ping","id":"{number}"}}') for number in range(100))
-
-
-async def test_flood_of_messages_that_are_not_relayed_goes_on_in_later_turns_and_in_order(host: Host) -> None:
-    a, b = host.join("a"), host.join("b")
-    crowd = [host.join(f"c{number}", room=f"own-{number}") for number in range(20)]
-    for client in (a, *crowd):
-        client.take()
-    before = host.counted()["received_messages_total"]
-    for client in crowd:
-        client.feed_only(PINGS)
-    handled = host.counted()["received_messages_total"] - before
-    assert 256 <= handled <= 256 + len(crowd)
-    b.feed_only(frame(TEXT, json.dumps(offer("a"))))
-    host.soon.popleft()()  # the end of the turn: what b relays does not wait for what the crowd says
-    assert [message["type"] for message in a.take()] == ["offer"]
-    assert host.counted()["received_messages_total"] - before < 3 * (256 + len(crowd))
-    host.run()
-    for client in crowd:
-        assert [message["id"] for message in client.take()] == [str(number) for number in range(100)]
-
-
-async def test_peer_that_is_put_off_may_close_or_vanish(host: Host) -> None:
-    polite, rude, late = host.join("polite"), host.join("rude"), host.join("late")
-    for client in (polite, rude, late):
-        client.feed_only(PINGS * 4)
-    polite.feed_only(frame(CLOSE, b"\x03\xe8"))
-    rude.vanish()
-    host.run()
-    assert len([opcode for opcode, _ in polite.take_frames() if opcode == TEXT]) >= 400
-    assert len([message for message in late.take() if message["type"] == "pong"]) == 400
-    host.advance(3)
-    assert host.counted()["connections"] == 1
-
-
 # ---- time
 
 
