@@ -226,9 +226,9 @@ def test_interrupted_run_keeps_what_it_has_and_says_that_it_is_partial(
     tmp_path: Path, long_run: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     assert long_run.stdout
-    assert long_run.pid in started_by(str(tmp_path))
     while not long_run.stdout.readline().startswith("[1]"):
         assert long_run.poll() is None
+    assert long_run.pid in started_by(str(tmp_path))
     os.kill(long_run.pid, number)
     assert long_run.wait(20) == 130
     until(lambda: not started_by(str(tmp_path)), "the run left processes behind")
