@@ -891,11 +891,13 @@ cdef class Connection(WSListener):
 
     def send(self, bytes text not None):
         """Append one text message. Sent at the end of the loop turn."""
-        cdef const char *p = PyBytes_AS_STRING(text)
-        cdef size_t n = PyBytes_GET_SIZE(text)
+        self._tell(PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text))
+
+    cdef int _tell(self, const char *text, size_t n) except -1:
+        """The same, counted by its type."""
         if self.state == OPEN:
-            self.relay._count_sent(sent_type(p, n), n, 1)
-        self._frame(WSMsgType.TEXT, p, n)
+            self.relay._count_sent(sent_type(text, n), n, 1)
+        return self._frame(WSMsgType.TEXT, text, n)
 
     def send_raw(self, bytes data not None):
         """Append bytes as they are: the HTTP answer."""
@@ -1536,7 +1538,7 @@ cdef class Neighbour:
         cdef uint32_t number
         memcpy(&number, p + 8, 4)
         if member is not None:
-            member.connection._frame(WSMsgType.TEXT, p + 12, n - 12)
+            member.connection._tell(p + 12, n - 12)
         return self._confirm(number, member is not None)
 
     cdef int _take_told(self, const char *p, size_t n) except -1:
@@ -1546,7 +1548,7 @@ cdef class Neighbour:
             memcpy(&ordinal, p, 8)
             member = <Member>self.departed.find_key(fs_mix(ordinal))
         if member is not None:
-            member.connection._frame(WSMsgType.TEXT, p + 8, n - 8)
+            member.connection._tell(p + 8, n - 8)
         return 0
 
     cdef int _take_broadcast(self, const char *p, const char *end) except -1:

@@ -189,6 +189,17 @@ async def test_broadcast_goes_to_all_but_its_sender_one_frame_per_worker(cluster
     assert counted(cluster, 'sent_messages_total{type="message"}') == 8
 
 
+async def test_what_crosses_counts_where_it_comes_out(cluster: Cluster) -> None:
+    room = cluster.room(owner=1)
+    a, b = join(cluster, 0, "a", room), join(cluster, 2, "b", room)
+    a.take()
+    say(cluster, a, type="offer", room=room, recipient=["b", "x"], payload="x" * 100)
+    (offer,) = b.take_frames()
+    assert counted(cluster, 'sent_messages_total{type="offer"}') == 1
+    assert counted(cluster, 'sent_message_bytes_total{type="offer"}') == len(offer[1])
+    assert counted(cluster, 'sent_messages_total{type="error"}') == len(a.take_frames()) == 1
+
+
 async def test_absent_recipients_are_named_to_a_guest(cluster: Cluster) -> None:
     room = cluster.room(owner=1)
     a, b = join(cluster, 0, "a", room), join(cluster, 2, "b", room)
