@@ -215,12 +215,12 @@ cdef enum:  # what every message adds to: known to the compiler
     RECEIVED = 0
     RECEIVED_TEXT = 14
     SENT = 28
-    SENT_TEXT = 44
-    RECEIVED_BYTES = 60
-    SENT_BYTES = 61
-    LOCAL = 62
-    TO_OWNER = 63
-    FOR_HOME = 64
+    SENT_TEXT = 47
+    RECEIVED_BYTES = 66
+    SENT_BYTES = 67
+    LOCAL = 68
+    TO_OWNER = 69
+    FOR_HOME = 70
 
 cdef size_t CONNECTIONS = metrics.FIRST["connections"]
 cdef size_t ACCEPTED = metrics.index("handshakes_total", "accepted")

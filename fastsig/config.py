@@ -92,7 +92,12 @@ class Server:
     )
     tls_cert: str = _option("", "File with the certificate chain, PEM; empty: no TLS.", reloads=True)
     tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
+    tls_min_version: Literal["1.2", "1.3"] = _option("1.2", "Oldest version of TLS that is spoken.")
     origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)
+    tell_browsers: bool = _option(
+        True, "Upgrade browsers whose token or origin is refused: they read the error, and why they are closed.",
+        reloads=True,
+    )  # fmt: skip
     trusted_proxies: tuple[str, ...] = _option(
         (),
         "Addresses or networks of proxies that are believed: for now, that a traceparent is to be recorded.",
@@ -135,12 +140,14 @@ class Limits:
     rooms_per_connection: int = _option(16, "Rooms of one connection.", most=1024, reloads=True, has_effect=True)
     peers_per_room: int = _option(512, "Peers in one room.", most=65535, reloads=True, has_effect=True)
     rooms: int = _option(0, "Rooms per worker.", reloads=True, has_effect=True)
-    connections: int = _option(0, "Connections to this server.", reloads=True)
+    connections: int = _option(0, "Connections of one worker.", reloads=True)
     connections_per_address: int = _option(1000, "Connections from one address (IPv6: /64), per worker.", reloads=True)
     connects_per_s_per_address: int = _option(
         20, "New connections from one address; the burst is five times that.", unit="connections/s", reloads=True
     )
-    connects_per_s: int = _option(0, "New connections in all.", unit="connections/s", reloads=True)
+    connects_per_s: int = _option(
+        0, "New connections of one worker; the burst is five times that.", unit="connections/s", reloads=True
+    )
     handshake_seconds: float = _option(
         10.0, "Time for the HTTP request to be complete.", unit="s", reloads=True, has_effect=True
     )
@@ -179,8 +186,17 @@ class Auth:
         "Signature algorithms that are accepted.",
         reloads=True,
     )
+    revoked: tuple[str, ...] = _option(
+        (), "Subjects whose tokens are refused; SUBJECT@SECONDS: those issued until then, in unix time.", reloads=True
+    )
     webhook_url: str = _option("", "Asked by POST whether a peer may join; empty: not asked.", reloads=True)
     webhook_secret: str = _option("", "Signs the requests to the webhook.", reloads=True, secret=True)
+    webhook_seconds: float = _option(2.0, "Time that the webhook has to answer.", unit="s", most=4.5, reloads=True)
+    webhook_concurrency: int = _option(
+        64, "Requests to the webhook at once, per worker; what is above waits its turn.", least=1, most=4096,
+        reloads=True,
+    )  # fmt: skip
+    webhook_fails_open: bool = _option(False, "Let peers join when the webhook does not answer.", reloads=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +250,9 @@ class Log:
     )
     format: Literal["auto", "text", "json"] = _option(
         "auto", "Text or JSON lines; auto is text on a terminal, JSON elsewhere.", has_effect=True
+    )
+    addresses: bool = _option(
+        True, "Name the addresses of clients where they matter: refusals by limits.", reloads=True
     )
 
 

@@ -129,9 +129,13 @@ CATALOGUE: Final = _catalogue(
 # Refusals before the upgrade (PROTOCOL §2); the body is one JSON error object with the code.
 HTTP_STATUS: Final = {
     "bad_request": 400,
+    "unauthorized": 401,
+    "token_expired": 401,
     "forbidden": 403,
     "not_found": 404,
     "method_not_allowed": 405,
+    "rate_limited": 429,
+    "limit_exceeded": 503,
     "draining": 503,
     "internal": 503,
 }

@@ -33,10 +33,21 @@ RECEIVED_TYPES: Final = (
 )  # fmt: skip
 SENT_TYPES: Final = (
     *RELAYED_TYPES, "welcome", "joined", "left", "peer-joined", "peer-left", "peer-updated", "ack", "error", "pong",
-    "go-away", "other",
+    "go-away", "kicked", "refreshed", "token-expiring", "other",
 )  # fmt: skip
 ROOM_SIZES: Final = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", "257-512", "513+")
 HANDSHAKES: Final = ("accepted", "passed", *HTTP_STATUS, "timeout", "gone")
+LIMITS: Final = (
+    "messages_per_s", "bytes_per_s", "fanout_bytes_per_s", "joins_per_s", "turn", "rooms_per_connection", "rooms",
+    "peers_per_room", "connections", "connections_per_address", "connects_per_s", "connects_per_s_per_address",
+)  # fmt: skip
+LIMIT_MODES: Final = ("enforced", "dry_run")
+TOKENS: Final = (
+    "accepted", "expired", "not_yet_valid", "bad_signature", "unknown_key", "bad_algorithm", "malformed", "too_large",
+    "wrong_issuer", "wrong_audience", "missing_claim", "bad_claim", "revoked", "keys_unavailable",
+)  # fmt: skip
+KEY_FETCHES: Final = ("fetched", "failed", "unusable")
+WEBHOOK: Final = ("allowed", "denied", "cached", "failed", "timeout", "unusable")
 ENDS_BY_CLIENT: Final = (("1000", "client"), ("1001", "client"), ("1005", "client"), ("other", "client"))
 LOST: Final = ("1006", "lost")
 WORKER_DIED: Final = ("1006", "worker_died")
@@ -105,6 +116,7 @@ _FAST: Final = (
 )  # fmt: skip
 _LAG: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 _HUMAN: Final = (0.05, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 30.0)
+_ASKED: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 _LIVES: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
 _COUNTS: Final = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
 
@@ -178,6 +190,30 @@ FAMILIES: Final = (
     ),
     Family(
         "worker_loop_lag_seconds", "gauge", "The worst of that in the last ten seconds.", scale=NANO, is_by_worker=True
+    ),
+    # who is kept out
+    Family(
+        "limit_hits_total", "counter",
+        "What limits refused (enforced), or would have refused (dry_run). `turn`: one turn of the loop had relayed so"
+        " much that the rest of it was refused.",
+        *_each(("limit", LIMITS), ("mode", LIMIT_MODES)),
+    ),
+    Family("tracked_addresses", "gauge", "Client addresses in the table of limits per address."),
+    Family("tokens_total", "counter", "Tokens that were checked.", *_each(("result", TOKENS))),
+    Family(
+        "key_fetches_total", "counter", "Requests for the keys of an issuer; unusable: the answer was none.",
+        *_each(("result", KEY_FETCHES)),
+    ),
+    Family(
+        "webhook_requests_total", "counter",
+        "Joins that the webhook was asked about; cached: it had said before; unusable: its answer was none.",
+        *_each(("result", WEBHOOK)),
+    ),
+    Family("webhook_seconds", "histogram", "How long it took to answer.", bounds=_ASKED, scale=NANO),
+    Family("tls_handshake_failures_total", "counter", "TLS handshakes that came to nothing."),
+    Family(
+        "tls_certificate_expires_seconds", "gauge", "When the certificate in use ends, in unix time; 0: no TLS.",
+        is_by_worker=True,
     ),
     # whether calls connect: as peers report it
     Family(

@@ -258,7 +258,7 @@ def scaled(unit: str, most: float) -> tuple[str, float]:
             return size[1] + per_s, 1 / size[0]
     known = {
         "s": ("s", 1), "percentunit": ("%", 100), "short": ("number", 1), "mps": ("messages/s", 1),
-        "eps": ("events/s", 1), "reqps": ("requests/s", 1),
+        "eps": ("events/s", 1), "reqps": ("requests/s", 1), "d": ("days", 1),
     }  # fmt: skip
     return known[unit]
 

@@ -15,12 +15,12 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
     ("core", "_relay"),
-    ("pure", "protocol routing calls health limits sessions auth turn"),
+    ("pure", "protocol routing calls health limits sessions auth webhook proxies turn"),
     ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
     ("domain", "rooms hub"),
-    ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats"),
-    ("edge", "connection passing exposition ops"),
+    ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats fetch"),
+    ("edge", "tls connection passing exposition ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
     ("process", "control systemd status worker cpus fleet listeners handover processes overview supervisor"),
     ("outside", "client cli"),

@@ -17,18 +17,20 @@ from fastsig.errors import ConfigError
 
 # ARCHITECTURE §7
 NAMES = {
-    "server": "host port path workers pin_workers backlog drain_seconds tls_cert tls_key origins trusted_proxies"
+    "server": "host port path workers pin_workers backlog drain_seconds tls_cert tls_key tls_min_version"
+    " origins tell_browsers trusted_proxies"
     " proxy_protocol moves runtime_dir echo_path",
     "limits": "message_bytes messages_per_s message_burst bytes_per_s fanout_bytes_per_s joins_per_s"
     " rooms_per_connection peers_per_room rooms connections connections_per_address"
     " connects_per_s_per_address connects_per_s handshake_seconds first_message_seconds output_bytes meta_bytes"
     " errors_per_5s dry_run",
-    "auth": "required keys jwks_url issuer audience algorithms webhook_url webhook_secret",
+    "auth": "required keys jwks_url issuer audience algorithms revoked webhook_url webhook_secret webhook_seconds"
+    " webhook_concurrency webhook_fails_open",
     "session": "ttl_seconds ring_frames ring_bytes ring_seconds",
     "store": "url",
     "bus": "url",
     "ops": "host port token watched_rooms",
-    "log": "level format",
+    "log": "level format addresses",
     "turn": "urls secret ttl_seconds",
     "tracing": "enabled relay_sample",
     "demo": "enabled",
