@@ -46,6 +46,7 @@ EVENTS: Final[dict[str, str]] = {
     "drain_late": "At the drain's deadline the workers of `slots` had not closed everybody; all end now.",
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
+    "limit_hit": "A client at `address` was above `limit`, one of docs/limits.md; `left_out` times more since this line.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",

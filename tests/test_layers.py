@@ -18,7 +18,7 @@ LAYERS = (
     ("pure", "protocol routing calls health limits sessions auth webhook proxies turn"),
     ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
-    ("domain", "rooms hub"),
+    ("domain", "admission rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats fetch"),
     ("edge", "tls connection passing exposition ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers

@@ -13,9 +13,11 @@ from typing import Any
 
 from fastsig import metrics
 from fastsig._relay import Connection, Relay, Room
+from fastsig.admission import RATES
+from fastsig.auth import Verifier
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
-from fastsig.config import Limits
+from fastsig.config import Auth, Limits
 from fastsig.connection import Discard, Door, Handshake, new_websocket
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
@@ -24,6 +26,7 @@ HEAD = (
     "GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
+UNIX = 1e9 - 1000  # from the clock of a host to unix time
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 MASK = b"\x37\xfa\x21\x3d"
 
@@ -43,6 +46,11 @@ def frame(opcode: int, payload: bytes | str = b"", *, fin: bool = True, rsv: int
         return head + data
     mask = int.from_bytes((MASK * (len(data) // 4 + 1))[: len(data)], "big")
     return head + MASK + (int.from_bytes(data, "big") ^ mask).to_bytes(len(data), "big")
+
+
+def frame_of(**message: Any) -> bytes:
+    """One message as a client sends it."""
+    return frame(TEXT, json.dumps(message))
 
 
 def parse_frames(data: bytes) -> list[tuple[int, bytes]]:
@@ -134,25 +142,31 @@ class Edge:
 
 
 class Host:
-    """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it."""
+    """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it.
+
+    Rates are off unless they are given by their names in `limits`. `auth`: as configured, with keys in `auth.keys`.
+    """
 
     def __init__(self, *, ping_s: float = 25.0, handshake_s: float = 10.0, first_message_s: float = 60.0,
-                 output_bytes: int = 1 << 20, place: Place = Place(), **limits: Any) -> None:  # fmt: skip  # noqa: B008
+                 output_bytes: int = 1 << 20, place: Place = Place(), auth: Auth = Auth(),  # noqa: B008
+                 **limits: Any) -> None:  # fmt: skip
         self.now = 1000.0
         self.place = place
         self.soon: deque[Callable[[], None]] = deque()
-        self.limits = Limits(**limits)
+        self.limits = Limits(**dict.fromkeys(RATES, 0) | {"joins_per_s": 0} | limits)
         self.slab = bytearray(metrics.SLAB_BYTES)
         self.relay = Relay(
             call_soon=self.soon.append, clock=lambda: self.now, counters=self.slab,
             message_bytes=self.limits.message_bytes, output_bytes=output_bytes,
             handshake_s=handshake_s, first_message_s=first_message_s, ping_s=ping_s,
+            rates={name: getattr(self.limits, name) for name in RATES}, is_dry_run=self.limits.dry_run,
         )  # fmt: skip
         self.made_ids = 0
         self.hub = Hub(
             self.relay, self.limits, place=place,
-            clock=lambda: self.now, unix_clock=lambda: 1e9, make_id=self._make_id,
+            clock=lambda: self.now, unix_clock=lambda: UNIX + self.now, make_id=self._make_id, auth=auth,
         )  # fmt: skip
+        self.hub.configure(self.limits, auth, Verifier(auth) if auth.keys else None)
         self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
@@ -287,7 +301,7 @@ class Client:
 
     def say(self, text: str | None = None, /, **message: Any) -> None:
         """Send one message, given as text or as fields."""
-        self.feed(frame(TEXT, text if text is not None else json.dumps(message)))
+        self.feed(frame_of(**message) if text is None else frame(TEXT, text))
 
     def take_bytes(self) -> bytes:
         """What the server sent since the last time."""
