@@ -177,17 +177,33 @@ class Auth:
     """Who may connect and join."""
 
     required: bool = _option(False, "Refuse peers without a token.", reloads=True)
-    keys: tuple[str, ...] = _option((), "Keys that check tokens: secrets, PEM or JWK files.", reloads=True, secret=True)
-    jwks_url: str = _option("", "Where the issuer publishes its keys.", reloads=True)
-    issuer: str = _option("", "The iss that a token must have; empty: any.", reloads=True)
-    audience: str = _option("", "The aud that a token must have; empty: any.", reloads=True)
+    keys: tuple[str, ...] = _option(
+        (),
+        "Keys that check tokens: secret:TEXT, secret-b64:BASE64 or a file (PEM, JWK, JWK set); one that has a name"
+        " has kid=NAME, before it. See docs/tokens.md.",
+        reloads=True,
+        has_effect=True,
+        secret=True,
+    )
+    jwks_url: str = _option(
+        "",
+        "Where the issuer publishes its keys, a JWK set; several: ISSUER=URL with spaces between.",
+        reloads=True,
+        has_effect=True,
+    )
+    issuer: str = _option("", "The iss that a token must have; empty: any.", reloads=True, has_effect=True)
+    audience: str = _option("", "The aud that a token must have; empty: any.", reloads=True, has_effect=True)
     algorithms: tuple[Algorithm, ...] = _option(
         ("HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"),
-        "Signature algorithms that are accepted.",
+        "Signature algorithms that are accepted; a key takes those of its own kind.",
         reloads=True,
+        has_effect=True,
     )
     revoked: tuple[str, ...] = _option(
-        (), "Subjects whose tokens are refused; SUBJECT@SECONDS: those issued until then, in unix time.", reloads=True
+        (),
+        "Subjects whose tokens are refused; SUBJECT@SECONDS: those issued until then, in unix time.",
+        reloads=True,
+        has_effect=True,
     )
     webhook_url: str = _option("", "Asked by POST whether a peer may join; empty: not asked.", reloads=True)
     webhook_secret: str = _option("", "Signs the requests to the webhook.", reloads=True, secret=True)
