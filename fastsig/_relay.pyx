@@ -158,6 +158,7 @@ cdef enum:
     CHUNK = 4096            # an output buffer starts as one of these, from the relay's pool
     POOLED_CHUNKS = 1024
     FLUSH_ABOVE = 65536     # a buffer longer than this does not wait for the end of the turn
+    SINK_BYTES = 8192       # of it at once, where something stands before the socket (`tls.SLICE`)
     FLUSHES_PER_TURN = 1024  # then other peers' input gets its chance
     OVERDRAFT = 33554432    # bytes of one worker above the limits for slow readers
     OVERDRAFT_EACH = 16777216  # of one connection
@@ -631,8 +632,9 @@ cdef tuple rate(double per_s, double burst):
 cdef class Connection(WSListener):
     """One WebSocket, from its acceptance to its end.
 
-    `transport` is what the edge closes in the end. One without a socket of its own is written to by its
-    `send(bytes) -> int`, which says how many bytes it took and raises BlockingIOError for none. `context` is the hub's.
+    `transport` is what the edge closes in the end. Its socket is written to directly; one that has none, or TLS, is
+    written to by its `send(bytes) -> int`, which says how many bytes the kernel took and raises BlockingIOError for
+    none: then the next call begins with the same bytes. `context` is the hub's.
     """
 
     cdef readonly Relay relay
@@ -715,10 +717,10 @@ cdef class Connection(WSListener):
         """The connection was accepted: from here to `lost` it is in the wheel."""
         socket = transport.get_extra_info("socket")
         self.transport = transport
-        if socket is None:
-            self.sink = transport
-        else:
+        if socket is not None:
             self.fd = socket.fileno()
+        if socket is None or transport.get_extra_info("sslcontext") is not None:
+            self.sink = transport
         self._arm(self.relay.clock() + self.relay.handshake_s)
 
     def open(self):
@@ -1098,15 +1100,16 @@ cdef class Connection(WSListener):
         return 0
 
     cdef ssize_t _send(self, const char *p, size_t n) except? -2:
-        if self.fd >= 0:
-            return send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
         if self.sink is None:
-            return n  # the transport is gone: so is everything that was for it
+            # without a descriptor the transport is gone: so is everything that was for it
+            return n if self.fd < 0 else send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
         try:
-            return self.sink.send(p[:n])
+            return self.sink.send(p[:min(n, <size_t>SINK_BYTES)])
         except BlockingIOError:
             errno.errno = errno.EAGAIN
-            return -1
+        except OSError:
+            errno.errno = errno.EPIPE
+        return -1
 
     cdef int _refused(self) except -1:
         cdef size_t waiting = self.out_to - self.out_from

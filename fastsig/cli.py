@@ -267,7 +267,11 @@ def check_config(
     strict
         Fail, with exit code 1, when there are such variables.
     """
-    _check_keys(_settle(given))
+    from .tls import check as check_tls  # noqa: PLC0415 # what most commands never need
+
+    config = _settle(given)
+    _check_keys(config)
+    check_tls(config.server)
     strangers = unknown_variables(os.environ)
     for name, near in strangers.items():
         _complain(f"unknown variable {name}" + (f", did you mean {near}?" if near else ""))
@@ -312,14 +316,22 @@ def health(
     ready
         Ask whether it takes new connections.
     url
-        The server, as http://host:port; by default the one that the configuration describes.
+        The server, as http://host:port, or https:// with a certificate that this machine trusts; by default the one
+        that the configuration describes, whatever its certificate.
     """
-    import http.client  # noqa: PLC0415 # only here
+    import http.client  # noqa: PLC0415 # only here, as the next
+    import ssl  # noqa: PLC0415
 
     base = url or _url_of(_settle(given))
-    host, port, prefix = _split(base)
+    is_tls, host, port, prefix = _split(base)
     path = f"{prefix}/health/{'ready' if ready else 'live'}"
-    connection = http.client.HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
+    connection: http.client.HTTPConnection
+    if is_tls:
+        # No secret is sent, and nothing believed but "alive"; the certificate is seldom for the name localhost.
+        context = ssl.create_default_context() if url else ssl._create_unverified_context()  # noqa: S323, SLF001
+        connection = http.client.HTTPSConnection(host, port, timeout=HEALTH_TIMEOUT_S, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
     try:
         connection.request("GET", path)
         status = connection.getresponse().status
@@ -538,19 +550,21 @@ def _url_of(config: Config) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104 # is replaced
     if not config.server.port:
         raise ConfigError("server.port is 0, so the port is not known here: give --url")
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
+    scheme = "https" if config.server.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.server.port}"
 
 
-def _split(url: str) -> tuple[str, int, str]:
-    """Host, port and path prefix."""
+def _split(url: str) -> tuple[bool, str, int, str]:
+    """Is it TLS; host, port and path prefix."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host = None
-    if not host or parts.scheme != "http":
-        raise ConfigError(f"--url: expected http://host:port, not {url}")
-    return host, port or 80, parts.path.rstrip("/")
+    if not host or parts.scheme not in {"http", "https"}:
+        raise ConfigError(f"--url: expected http://host:port or https://host:port, not {url}")
+    is_tls = parts.scheme == "https"
+    return is_tls, host, port or (443 if is_tls else 80), parts.path.rstrip("/")
 
 
 def _say(line: str) -> None:

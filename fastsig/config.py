@@ -90,9 +90,16 @@ class Server:
         reloads=True,
         has_effect=True,
     )
-    tls_cert: str = _option("", "File with the certificate chain, PEM; empty: no TLS.", reloads=True)
-    tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
-    tls_min_version: Literal["1.2", "1.3"] = _option("1.2", "Oldest version of TLS that is spoken.")
+    tls_cert: str = _option(
+        "",
+        "File with the certificate chain, PEM; empty: no TLS. Read anew when it changes; on or off needs a restart.",
+        reloads=True,
+        has_effect=True,
+    )
+    tls_key: str = _option("", "File with the private key, PEM, without a passphrase.", reloads=True, has_effect=True)
+    tls_min_version: Literal["1.2", "1.3"] = _option(
+        "1.2", "Oldest version of TLS that is spoken.", reloads=True, has_effect=True
+    )
     origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)
     tell_browsers: bool = _option(
         True, "Upgrade browsers whose token or origin is refused: they read the error, and why they are closed.",
@@ -489,7 +496,8 @@ def reload(running: Config, read: Config) -> Reload:
         values[option.key], wanted = option.value_in(running), option.value_in(read)
         if values[option.key] == wanted:
             continue
-        if option.meta.is_reloadable:
+        switches_tls = option.key in {"server.tls_cert", "server.tls_key"} and not (wanted and values[option.key])
+        if option.meta.is_reloadable and not switches_tls:
             values[option.key] = wanted
             changed.append(option.key)
         else:

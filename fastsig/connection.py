@@ -36,6 +36,7 @@ from . import logs, metrics
 from ._relay import Connection, Relay, trim
 from .errors import HttpError
 from .protocol import SUBPROTOCOL
+from .tls import Credentials, TlsTransport
 
 _log = logs.get("fastsig.connection")
 
@@ -64,6 +65,8 @@ _REPLAYED: Final = (
 )
 _RESULTS: Final = metrics.indexes("handshakes_total")
 _BUGS: Final = metrics.index("internal_errors_total")
+_TLS_FAILURES: Final = metrics.index("tls_handshake_failures_total")
+_CLIENT_HELLO: Final = b"\x16"  # begins TLS (RFC 8446 §5.1), and never a request
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
 _FORWARDED: Final = frozenset({"forwarded", "via", "x-real-ip"})  # and whatever begins with x-forwarded
@@ -204,6 +207,7 @@ class Door:
 
     `pass_on(handshake, room, received)`: is another worker asked to serve this connection, because it owns the room?
     Then either `Handshake.let_go` or `Handshake.serve` follows. `tracer`: hears of handshakes, where traces are wanted.
+    `credentials`: for TLS; such a connection is passed to nobody, since its keys are in this process.
     """
 
     def __init__(
@@ -219,6 +223,7 @@ class Door:
         self.echo_path = echo_path
         self.pass_on = pass_on
         self.tracer: _Tracer | None = None
+        self.credentials: Credentials | None = None
         self.is_ready = True
         self._beginning: dict[asyncio.Task[Any], socket.socket] = {}
 
@@ -229,12 +234,17 @@ class Door:
         traceparent of what that worker did.
         """
         loop = asyncio.get_running_loop()
-        pass_on = None if is_passed else self.pass_on
+        pass_on = None if is_passed or self.credentials is not None else self.pass_on
         end = socket.socket(fileno=fd)
         end.setblocking(False)
-        task = loop.create_task(
-            loop.connect_accepted_socket(lambda: Handshake(self, received, pass_on=pass_on, trace=trace), end)
-        )
+
+        def protocol() -> asyncio.BaseProtocol:
+            handshake = Handshake(self, received, pass_on=pass_on, trace=trace)
+            if self.credentials is None:
+                return handshake
+            return TlsTransport(self.credentials.certificate.context, handshake, self._on_tls_failure)
+
+        task = loop.create_task(loop.connect_accepted_socket(protocol, end))
         self._beginning[task] = end
         task.add_done_callback(self._on_begun)
 
@@ -243,6 +253,9 @@ class Door:
         if task.cancelled() or task.exception() is not None:  # no memory or descriptor for it: nobody else to blame
             end.close()
             _log.debug("cannot_serve", reason=str(task.cancelled() or task.exception()))
+
+    def _on_tls_failure(self) -> None:
+        self.relay.count(_TLS_FAILURES)
 
     def is_for_echo(self, head: Head) -> bool:
         """Does it ask for the path that echoes?"""
@@ -309,9 +322,12 @@ class Handshake(asyncio.Protocol):
             return
         self._received = received = self._received + data
         end = received.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
-        if end < 0 and len(received) < HEAD_BYTES:
+        speaks_tls = received[:1] == _CLIENT_HELLO
+        if end < 0 and len(received) < HEAD_BYTES and not speaks_tls:
             return
         try:
+            if speaks_tls:
+                raise _bad_request("TLS is not spoken here: use http:// or ws://.")
             if end < 0:
                 raise _bad_request("The request head is too long.")
             head = read_head(received[:end])

@@ -67,6 +67,10 @@ EVENTS: Final[dict[str, str]] = {
     # a connection
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
+    "certificate_loaded": "New connections get the certificate with this `serial`, which `expires` then.",
+    "certificate_unusable": "The TLS files were read again and cannot be used, for `reason`: the certificate with"
+    " `serial` holds, and they are tried every 30 s.",
+    "tls_failed": "TLS with a peer ended, for `reason`: in its handshake, if `is_handshake`. Said at debug level.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
     # traces
     "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"

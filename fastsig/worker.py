@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import uvloop
 
-from . import logs, metrics
+from . import logs, metrics, tls
 from ._relay import Connection, Relay, Room
 from .bus import Link
 from .bus_mesh import Mesh
@@ -80,6 +80,7 @@ LAG_WINDOW_S: Final = 10.0
 _BUGS: Final = metrics.index("internal_errors_total")
 _LAG: Final = metrics.histogram("loop_lag_seconds")
 _WORST_LAG: Final = metrics.index("worker_loop_lag_seconds")
+_EXPIRES: Final = metrics.index("tls_certificate_expires_seconds")
 _HOST: Final = ""  # the name of this node: there is one
 _T = TypeVar("_T")
 
@@ -153,6 +154,8 @@ class Worker:
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
         self.door = Door(self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path)
+        self._credentials = tls.Credentials(boot.config.server) if boot.config.server.tls_cert else None
+        self.door.credentials = self._credentials
         self._passing = Passing(loop, self.relay, self.hub, self.door)
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer
@@ -179,6 +182,8 @@ class Worker:
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
         self._beat()
+        if self._credentials is not None:
+            self._look_at_certificate(self._credentials)
         _freeze()
         self._channel.send(Ready(pid=os.getpid()))
         await self._close_all(await self._stop)
@@ -316,6 +321,9 @@ class Worker:
         logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
         self.relay.configure(**_for_relay(config))
         self.hub.configure(config.limits)
+        if self._credentials is not None:
+            self._credentials.configure(config.server)
+            self.relay.set(_EXPIRES, self._credentials.certificate.expires_at)
         if self._tracer is not None:
             self._tracer.configure(config)
 
@@ -355,6 +363,11 @@ class Worker:
         self._close_ended()
         with contextlib.suppress(OSError):  # the next one says it again
             self._channel.send(Heartbeat(is_full=self._is_full()))
+
+    def _look_at_certificate(self, credentials: tls.Credentials) -> None:
+        self._loop.call_later(tls.POLL_S, self._look_at_certificate, credentials)
+        credentials.poll()
+        self.relay.set(_EXPIRES, credentials.certificate.expires_at)
 
     def _is_full(self) -> bool:
         """Has this process no descriptor left for another connection?"""
