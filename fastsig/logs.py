@@ -46,6 +46,7 @@ EVENTS: Final[dict[str, str]] = {
     "drain_late": "At the drain's deadline the workers of `slots` had not closed everybody; all end now.",
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
+    "plain_http": "`options` name another machine by plain HTTP: whoever is on the way decides in its place who joins.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
@@ -67,6 +68,8 @@ EVENTS: Final[dict[str, str]] = {
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    # the webhook
+    "webhook_failed": "The webhook at `host` did not decide so many `joins`, the last for `reason`; once a second.",
     # traces
     "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"
     " was last said, for `reason`; once a minute at most.",
