@@ -28,6 +28,8 @@ MASK: Final = "********"
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"]
 _T = TypeVar("_T")
 _SHOWN_CHARS: Final = 80
+SECRET_LEAST: Final = 32
+_MAKE_SECRET: Final = "openssl rand -hex 32 makes one"  # noqa: S105 # a command
 _INT_MOST: Final = 2**53  # what every JSON reader keeps exact
 
 
@@ -212,14 +214,24 @@ class Auth:
         reloads=True,
         has_effect=True,
     )
-    webhook_url: str = _option("", "Asked by POST whether a peer may join; empty: not asked.", reloads=True)
-    webhook_secret: str = _option("", "Signs the requests to the webhook.", reloads=True, secret=True)
-    webhook_seconds: float = _option(2.0, "Time that the webhook has to answer.", unit="s", most=4.5, reloads=True)
+    webhook_url: str = _option(
+        "", "Asked by POST whether a peer may join; empty: not asked.", reloads=True, has_effect=True
+    )
+    webhook_secret: str = _option(
+        "", "Signs the requests to the webhook: 32 characters or more.", reloads=True, secret=True, has_effect=True
+    )
+    webhook_seconds: float = _option(
+        2.0, "Time in which the webhook is asked, and answers.", unit="s", least=0.1, most=4.5, reloads=True,
+        has_effect=True,
+    )  # fmt: skip
     webhook_concurrency: int = _option(
         64, "Requests to the webhook at once, per worker; what is above waits its turn.", least=1, most=4096,
-        reloads=True,
+        reloads=True, has_effect=True,
     )  # fmt: skip
-    webhook_fails_open: bool = _option(False, "Let peers join when the webhook does not answer.", reloads=True)
+    webhook_fails_open: bool = _option(
+        False, "Let peers join when the webhook gives no usable answer; else they are told to try again.",
+        reloads=True, has_effect=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -436,9 +448,9 @@ class Option:
             return "expected a finite number"
         if least <= value <= most:
             return ""
-        return (
-            f"expected {least:.0f} to {most:.0f}" if most < _INT_MOST else f"expected {least:.0f} or more, up to 2^53"
-        )
+        if most < _INT_MOST:
+            return f"expected {_number(least)} to {_number(most)}"
+        return f"expected {_number(least)} or more, up to 2^53"
 
     def _parse_bool(self, text: str) -> bool:
         word = text.lower()
@@ -574,7 +586,44 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "server.tls_key", "set server.tls_cert too"
     if limits.meta_bytes >= limits.message_bytes:
         yield "limits.meta_bytes", f"expected less than limits.message_bytes, {limits.message_bytes}"
+    yield from _contradictions_of_auth(config.auth)
     yield from _contradictions_of_ops(config.ops, server)
+
+
+def _contradictions_of_auth(auth: Auth) -> Iterable[tuple[str, str]]:
+    for key, url in (("auth.jwks_url", auth.jwks_url), ("auth.webhook_url", auth.webhook_url)):
+        if url and (complaint := _complaint_of_url(url)):
+            yield key, complaint
+    if auth.webhook_url and not auth.webhook_secret:
+        yield "auth.webhook_url", f"set auth.webhook_secret too, which signs the requests: {_MAKE_SECRET}"
+    if auth.webhook_url and len(auth.webhook_secret) < SECRET_LEAST:
+        yield "auth.webhook_secret", f"expected {SECRET_LEAST} characters or more: {_MAKE_SECRET}"
+
+
+def plain_urls(auth: Auth) -> list[str]:
+    """Those of its options that name another machine by plain HTTP: whoever is on the way can answer for it."""
+    urls = {"auth.jwks_url": auth.jwks_url, "auth.webhook_url": auth.webhook_url}
+    return [key for key, url in urls.items() if _is_plain_beyond_loopback(url)]
+
+
+def _is_plain_beyond_loopback(url: str) -> bool:
+    from urllib.parse import urlsplit  # noqa: PLC0415 # most servers have none
+
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not _is_loopback(parts.hostname or "")
+
+
+def _complaint_of_url(url: str) -> str:
+    from urllib.parse import urlsplit  # noqa: PLC0415 # most servers have none
+
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is none
+        is_whole = False
+    if not is_whole or not all("!" <= char <= "~" for char in url):
+        return "expected a URL such as https://auth.example.com/path, in visible ASCII"
+    return ""
 
 
 def _contradictions_of_ops(ops: Ops, server: Server) -> Iterable[tuple[str, str]]:
@@ -618,6 +667,11 @@ def _parse_list(text: str) -> list[Any]:
         return cast(list[Any], json.loads(text))
     except ValueError:
         raise ValueError('expected words, or a JSON list such as ["a", "b"]') from None
+
+
+def _number(value: float) -> str:
+    """Whole where it is whole: 65535, 0.1."""
+    return f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 
 def _to_float(value: int) -> float:

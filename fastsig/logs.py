@@ -47,6 +47,7 @@ EVENTS: Final[dict[str, str]] = {
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
     "limit_hit": "A client at `address` was above `limit`, one of docs/limits.md; `left_out` times more since this line.",
+    "plain_http": "`options` name another machine by plain HTTP: whoever is on the way decides in its place who joins.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
@@ -72,6 +73,8 @@ EVENTS: Final[dict[str, str]] = {
     " `serial` holds, and they are tried every 30 s.",
     "tls_failed": "TLS with a peer ended, for `reason`: in its handshake, if `is_handshake`. Said at debug level.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    # the webhook
+    "webhook_failed": "The webhook at `host` did not decide so many `joins`, the last for `reason`; once a second.",
     # traces
     "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"
     " was last said, for `reason`; once a minute at most.",

@@ -472,6 +472,11 @@ class Supervisor:
         exposed = [listeners.name(bound) for bound in self._bound if not listeners.is_loopback(bound)]
         if exposed and not self._config.auth.required:
             _log.warning("open_mode", addresses=exposed)
+        self._warn_of_plain_http()
+
+    def _warn_of_plain_http(self) -> None:
+        if plain := options.plain_urls(self._config.auth):
+            _log.warning("plain_http", options=plain)
 
     def _handle_end(self, worker: Worker) -> None:
         del self._workers[worker.slot]
@@ -550,6 +555,7 @@ class Supervisor:
         if reload.needs_restart:
             _log.warning("needs_restart", options=reload.needs_restart)
         _log.info("reloaded", options=reload.changed)
+        self._warn_of_plain_http()
 
     def _drain(self, seconds: float) -> None:
         self._fleet.stop()

@@ -19,7 +19,7 @@ LAYERS = (
     ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
     ("domain", "admission rooms hub"),
-    ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats fetch"),
+    ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats fetch asker"),
     ("edge", "tls connection passing exposition ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
     ("process", "control systemd status worker cpus fleet listeners handover processes overview supervisor"),
