@@ -1144,7 +1144,9 @@ cdef class Connection(WSListener):
         self.relay.overdraft += over - self.overdraft
         self.overdraft = over
         if not over:
-            self.over_since = 0
+            if self.over_since:
+                self.over_since = 0
+                self.relay.overdrawn.discard(self)
         elif self.state == OPEN:
             if not self.over_since:
                 self.over_since = self.relay.clock()
@@ -2451,7 +2453,7 @@ cdef class Relay:
         cdef Connection connection
         cdef set still = set()
         for connection in self.overdrawn:
-            if connection.over_since and connection.state == OPEN:
+            if connection.state == OPEN:
                 if now - connection.over_since > OVER_S:
                     self._doom(connection, 4003)
                 else:
