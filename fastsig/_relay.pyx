@@ -176,6 +176,7 @@ cdef enum:
     PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
     FRAME_BYTES = 65536     # a longer frame between workers goes in pieces
     BURST_S = 4             # how many seconds' worth of bytes may come, or be caused, at once
+    ENVELOPE_BYTES = 512    # what a message has besides its payload, about: it is charged after it is refused
     INSISTENCE = 100        # messages refused for their rate within INSIST_S; one more closes with 4005
     TURN_DELIVERIES = 262144  # of broadcasts in one loop turn, 0.3 s of work: a room of 512 in which all speak to all ...
     CROWD = 32              # ... and then, until the turn is over, nobody speaks to more than these at once
@@ -1274,7 +1275,7 @@ cdef class Connection(WSListener):
         if limit == MESSAGES:
             wait_s = (1 - self.messages_left) / self.rates.messages_per_s
         elif limit == BYTES:
-            wait_s = (self.relay.envelope.payload.n - self.bytes_left) / self.rates.bytes_per_s  # it is charged yet
+            wait_s = (self.relay.envelope.payload.n + ENVELOPE_BYTES - self.bytes_left) / self.rates.bytes_per_s
         else:
             wait_s = -self.fanout_left / self.rates.fanout_per_s
         self.relay.on_limited(self, metrics.LIMITS[limit], <int>(1000 * wait_s) + 1,

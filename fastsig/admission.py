@@ -16,7 +16,6 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from . import logs, metrics, protocol
@@ -132,7 +131,11 @@ class Admission:
         task = asyncio.get_running_loop().create_task(self._fetch(source, then))
         self._fetches.add(task)
         task.add_done_callback(self._fetches.discard)
-        return partial(task.cancel)
+
+        def cancel() -> None:
+            task.cancel()
+
+        return cancel
 
     async def _fetch(self, source: str, then: Callable[[], None]) -> None:
         if self.key_sets is not None:

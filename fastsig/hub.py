@@ -59,6 +59,7 @@ from .config import Auth, Limits
 from .errors import CATALOGUE, CloseCode, ProtocolError
 from .rooms import CROWD_AFTER_MS, Rooms, entries
 from .routing import Address, Place
+from .webhook import Decision, Question
 
 _log = logs.get("fastsig.hub")
 
@@ -88,6 +89,7 @@ class _Request:
     payload: protocol.JoinPayload = _NO_JOIN
     grant: Grant | None = None
     join: Join = _UNDECIDED
+    decision: Decision | None = None  # the webhook's
     is_meta_fixed: bool = False
     cancel: Callable[[], None] | None = None  # of what it waits for
     owner: Neighbour | None = None  # that was asked
@@ -106,6 +108,18 @@ class _Kick(NamedTuple):
     message: Message
     owner: Neighbour
     until: float
+
+
+class _Asking(Protocol):
+    def cancel(self) -> None: ...
+
+
+class _Asker(Protocol):
+    """`asker.Asker`."""
+
+    @property
+    def is_wanted(self) -> bool: ...
+    def ask(self, question: Question, done: Callable[[Decision], None]) -> _Asking: ...
 
 
 class _Tracer(Protocol):
@@ -139,6 +153,7 @@ class Hub:
             evicted=self._evicted,
         )  # fmt: skip
         self.tracer: _Tracer | None = None
+        self.asker: _Asker | None = None
         self._relay = relay
         self._limits = limits
         self._place = place
@@ -472,6 +487,38 @@ class Hub:
         )  # fmt: skip
         if grant is not None and grant.meta is not None:
             request.fix_meta(grant.meta)
+        if self.asker is None or not self.asker.is_wanted:
+            self._place_in_room(request)
+            return
+        asked = self.asker.ask(self._question(request), partial(self._on_decided, request))
+        if request.decision is not None:  # it was known
+            self._comply(request)
+        else:
+            self._hold(request)
+            request.cancel = asked.cancel
+
+    def _question(self, request: _Request) -> Question:
+        grant, join = request.grant, request.join
+        return Question(
+            id=f"{self._name(request.connection)}.{request.number}", room=join.room, peer=join.peer,
+            subject=None if grant is None else grant.subject, issuer=None if grant is None else grant.issuer,
+            address=request.connection.address, meta=join.meta,
+        )  # fmt: skip
+
+    def _on_decided(self, request: _Request, decision: Decision) -> None:
+        request.decision = decision
+        self._go_on(request, self._comply)
+
+    def _comply(self, request: _Request) -> None:
+        """The webhook has spoken."""
+        decision = request.decision
+        assert decision is not None  # it has
+        if not decision.is_allowed:
+            raise ProtocolError(decision.code, after_ms=decision.after_ms)
+        if decision.meta is not None:
+            request.fix_meta(decision.meta)
+        if decision.max_peers is not None:
+            request.join = msgspec.structs.replace(request.join, max_peers=decision.max_peers)
         self._place_in_room(request)
 
     def _place_in_room(self, request: _Request) -> None:
@@ -503,6 +550,9 @@ class Hub:
             connection.identify(request.join.peer)
         if request.grant is not None:
             self.admission.adopt(connection, request.grant)
+        if request.decision is not None and request.decision.limits:
+            own = {} if request.grant is None else request.grant.limits
+            self.admission.allow(connection, {**own, **request.decision.limits})
         if request.is_meta_fixed:
             record_of(connection).is_meta_fixed = True
         connection.settle()

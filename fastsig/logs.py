@@ -46,7 +46,7 @@ EVENTS: Final[dict[str, str]] = {
     "drain_late": "At the drain's deadline the workers of `slots` had not closed everybody; all end now.",
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
-    "limit_hit": "A client at `address` was above `limit`, one of docs/limits.md; `left_out` times more since this line.",
+    "limit_hit": "A client at `address` was above `limit` (docs/limits.md); since the last line `left_out` times more.",
     "plain_http": "`options` name another machine by plain HTTP: whoever is on the way decides in its place who joins.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
@@ -73,6 +73,8 @@ EVENTS: Final[dict[str, str]] = {
     " `serial` holds, and they are tried every 30 s.",
     "tls_failed": "TLS with a peer ended, for `reason`: in its handshake, if `is_handshake`. Said at debug level.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    # tokens
+    "keys_not_fetched": "The keys of the issuer at `host` could not be had, for `reason`: those known serve on.",
     # the webhook
     "webhook_failed": "The webhook at `host` did not decide so many `joins`, the last for `reason`; once a second.",
     # traces

@@ -282,7 +282,7 @@ def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: li
     ).encode()  # fmt: skip
 
 
-def peer_joined(  # noqa: PLR0913 # as the message has them
+def peer_joined(  # as the message has them
     room: str, peer: str, n: int, meta: Raw, trace: str | None = None, *, verified: bool = False
 ) -> bytes:
     """A `peer-joined`."""

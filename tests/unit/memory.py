@@ -21,6 +21,7 @@ from fastsig.config import Auth, Limits
 from fastsig.connection import Discard, Door, Handshake, new_websocket
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
+from fastsig.webhook import Decision, Question
 
 HEAD = (
     "GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -141,6 +142,31 @@ class Edge:
         transport.abort()
 
 
+class Asked:
+    """A question that is on its way."""
+
+    is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Webhook:
+    """Stands where an asker stands; the test decides."""
+
+    is_wanted = True
+
+    def __init__(self, known: Decision | None) -> None:
+        self.asked: list[tuple[Question, Callable[[Decision], None], Asked]] = []
+        self._known = known
+
+    def ask(self, question: Question, done: Callable[[Decision], None]) -> Asked:
+        self.asked.append((question, done, Asked()))
+        if self._known is not None:
+            done(self._known)
+        return self.asked[-1][2]
+
+
 class Host:
     """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it.
 
@@ -175,6 +201,16 @@ class Host:
     def _make_id(self) -> str:
         self.made_ids += 1
         return f"made-{self.made_ids}"
+
+    def configure_auth(self, auth: Auth) -> None:
+        """What a reload brings."""
+        self.hub.configure(self.limits, auth, Verifier(auth))
+
+    def ask_webhook(self, known: Decision | None = None) -> "list[tuple[Question, Callable[[Decision], None], Asked]]":
+        """From here on joins are asked about: what was, whom to tell, and whether that is still wanted."""
+        asker = Webhook(known)
+        self.hub.asker = asker
+        return asker.asked
 
     def counted(self) -> dict[str, int]:
         """What the worker has counted, without what is 0: totals by family, and series (`metrics.summary`)."""

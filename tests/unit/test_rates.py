@@ -130,7 +130,7 @@ async def test_bytes_that_nothing_answers_end_the_connection_at_last(opcode: int
 
 
 @pytest.mark.parametrize("is_fragmented", [False, True])
-async def test_message_as_long_as_allowed_passes_whatever_the_rate(is_fragmented: bool) -> None:
+async def test_message_as_long_as_allowed_passes_whatever_the_rate(*, is_fragmented: bool) -> None:
     host = host_with(bytes_per_s=1000, message_bytes=65536)
     a, b = pair(host)
     text = json.dumps({"type": "message", "payload": "x" * 60_000} | HELD)
