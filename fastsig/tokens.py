@@ -16,15 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import msgspec
 
-from .auth import CHECKS, FETCH_S, TOKEN_BYTES, Grant, KeySets, KeysWanted, TokenError, Verifier, read_grant
+from .auth import CHECKS, TOKEN_BYTES, Grant, KeySets, KeysWanted, TokenError, Verifier, read_grant
 from .config import Auth
 from .errors import ConfigError
-from .keys import FILE_BYTES, SECRET_BYTES, Item, algorithms, from_base64, parse_item, read_file
+from .keys import SECRET_BYTES, Item, algorithms, from_base64, parse_item, read_file
 
 KeyType: TypeAlias = Literal["hs256", "ed25519", "es256", "rs256"]
 RSA_BITS: Final = 3072  # what NIST SP 800-57 asks for beyond 2030
@@ -255,16 +253,13 @@ def _check(auth: Auth, token: str, now: float, fetches: list[str]) -> Grant:
 
 
 async def _fetch(url: str) -> bytes:
-    return await asyncio.to_thread(_get, url)
+    from .fetch import Fetcher  # noqa: PLC0415 # only here
 
-
-def _get(url: str) -> bytes:
+    fetcher = Fetcher()
     try:
-        with urlopen(url, timeout=FETCH_S) as answer:  # noqa: S310 # http or https: `auth` has seen to it
-            text: bytes = answer.read(FILE_BYTES + 1)
-    except URLError as error:
-        raise OSError(str(error.reason)) from None
-    return text
+        return await fetcher.get(url)
+    finally:
+        await fetcher.close()
 
 
 def _outcomes(refusal: TokenError | None) -> Iterator[str]:

@@ -227,10 +227,10 @@ def test_check_fetches_what_the_issuer_publishes(
     code, out, _ = run("token", "check", token, "--auth.jwks-url", f"{issuer}/jwks")
     assert code == 0 and out.startswith(f"keys        {issuer}/jwks: fetched\nsize        ok\n")
     code, out, _ = run("token", "check", token, "--auth.jwks-url", f"{issuer}/none")
-    assert code == 1 and out.startswith(f"keys        {issuer}/none: failed: Not Found\n")
+    assert code == 1 and out.startswith(f"keys        {issuer}/none: failed: it answered 404\n")
     assert "key         keys_unavailable: " in out
     code, out, _ = run("token", "check", token, "--auth.jwks-url", "http://127.0.0.1:1/")
-    assert code == 1 and "failed: [Errno 111] Connection refused" in out
+    assert code == 1 and "http://127.0.0.1:1/: failed: " in out
 
 
 def test_generated_secret_is_ready_to_use(run: Run, made: Callable[..., str], tmp_path: Path) -> None:
