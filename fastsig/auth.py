@@ -24,7 +24,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias, get_ar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from .config import BY_KEY, Auth
+from .config import BY_KEY, Auth, KeySource, key_sources
 from .errors import ConfigError
 from .keys import KeySet, ReadFile, read_file, read_items, read_set
 
@@ -60,7 +60,6 @@ USUAL: Final = ALL - {"admin"}  # what a token without `can` grants
 _CODES: Final[dict[str, str]] = {"expired": "token_expired", "keys_unavailable": "backend_unavailable"}
 _TIME_MOST: Final = 2.0**53
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")  # Unicode Cc
-_SOURCE: Final = re.compile(r"(?:(?P<issuer>[^?#]+)=)?(?P<url>https?://.+)")
 
 
 class TokenError(Exception):
@@ -105,18 +104,6 @@ class Grant:
     def grants(self, room: str, what: str) -> bool:
         """Whether `what`, a word of `Can`, is granted in the room of this name."""
         return what in self.can and (self.rooms is None or any(_names(pattern, room) for pattern in self.rooms))
-
-
-class Source(NamedTuple):
-    """An issuer that publishes its keys. `issuer`: the iss that its tokens have; "": any."""
-
-    issuer: str
-    url: str
-
-    @property
-    def name(self) -> str:
-        """What grants carry. Not "" when no issuer is configured: that is the name of our own keys."""
-        return self.issuer or self.url
 
 
 class _Voucher(NamedTuple):
@@ -183,7 +170,7 @@ class Verifier:
 
     def __init__(self, auth: Auth, key_sets: "KeySets | None" = None, *, read_file: ReadFile = read_file) -> None:
         self.is_required: Final = auth.required
-        self.sources: Final = _sources(auth)
+        self.sources: Final = tuple(key_sources(auth))
         self.has_keys: Final = bool(auth.keys or self.sources)
         if auth.required and not self.has_keys:
             raise ConfigError("auth.required = true: set auth.keys or auth.jwks_url too, which tokens are checked by")
@@ -256,7 +243,7 @@ class Verifier:
         if any(not self._key_sets or not self._key_sets.has(url) for url in unknown):
             raise TokenError("keys_unavailable", "the keys of auth.jwks_url could not be fetched yet")
 
-    def _knows(self, source: Source, kid: str | None) -> bool:
+    def _knows(self, source: KeySource, kid: str | None) -> bool:
         keys = self._key_sets.keys(source.url).find(kid) if self._key_sets else ()
         return kid is not None and any(key.kid == kid for key in keys)
 
@@ -484,19 +471,6 @@ def _is_pattern(text: str) -> bool:
 
 def _names(pattern: str, room: str) -> bool:
     return room.startswith(pattern[:-1]) if pattern.endswith("*") else room == pattern
-
-
-def _sources(auth: Auth) -> tuple[Source, ...]:
-    """Of `auth.jwks_url`: `URL`, for the issuer of `auth.issuer`, or several `ISSUER=URL` with spaces between."""
-    found = []
-    for word in auth.jwks_url.split():
-        parts = _SOURCE.fullmatch(word)
-        if parts is None:
-            raise ConfigError("auth.jwks_url: expected https://…, or several ISSUER=https://… with spaces between")
-        found.append(Source(parts["issuer"] or auth.issuer, parts["url"]))
-    if len({source.name for source in found}) != len(found) or (len(found) > 1 and not all(s.issuer for s in found)):
-        raise ConfigError("auth.jwks_url: of several URLs each needs an issuer of its own: ISSUER=https://…")
-    return tuple(found)
 
 
 def _revoked(items: Iterable[str]) -> dict[str, float]:

@@ -178,7 +178,7 @@ def _parameter(option: Option, group: Group) -> Parameter:
 def _flag(
     name: str | None = None, *, show_default: bool = False, consume_multiple: tuple[int, None] | bool = False
 ) -> Parameter:
-    """A flag of one command, which is no option of the server."""
+    """A flag of one command, which is no option of the server; with a name: an argument, which may be `-`."""
     return Parameter(
         name=name,
         negative=(),
@@ -186,6 +186,7 @@ def _flag(
         show_env_var=False,
         show_default=show_default,
         consume_multiple=consume_multiple,
+        allow_leading_hyphen=name is not None,
     )
 
 

@@ -13,9 +13,10 @@ Every complaint is a ConfigError of one line that names the option, the value (n
 import ipaddress
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, Final, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from .errors import ConfigError
 
@@ -28,6 +29,7 @@ MASK: Final = "********"
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"]
 _T = TypeVar("_T")
 _SHOWN_CHARS: Final = 80
+_ISSUER: Final = re.compile(r"([^?#]+)=(?=https?://)", re.IGNORECASE)
 SECRET_LEAST: Final = 32
 _MAKE_SECRET: Final = "openssl rand -hex 32 makes one"  # noqa: S105 # a command
 _INT_MOST: Final = 2**53  # what every JSON reader keeps exact
@@ -591,19 +593,44 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
 
 
 def _contradictions_of_auth(auth: Auth) -> Iterable[tuple[str, str]]:
-    for key, url in (("auth.jwks_url", auth.jwks_url), ("auth.webhook_url", auth.webhook_url)):
+    sources = key_sources(auth)
+    urls = [("auth.jwks_url", source.url) for source in sources]
+    for key, url in (*urls, ("auth.webhook_url", auth.webhook_url)):
         if url and (complaint := _complaint_of_url(url)):
             yield key, complaint
+    issuers = {source.issuer for source in sources}
+    if len(sources) > 1 and (len(issuers) < len(sources) or "" in issuers):
+        yield "auth.jwks_url", "of several URLs each needs an issuer of its own: ISSUER=https://…"
     if auth.webhook_url and not auth.webhook_secret:
         yield "auth.webhook_url", f"set auth.webhook_secret too, which signs the requests: {_MAKE_SECRET}"
     if auth.webhook_url and len(auth.webhook_secret) < SECRET_LEAST:
         yield "auth.webhook_secret", f"expected {SECRET_LEAST} characters or more: {_MAKE_SECRET}"
 
 
+class KeySource(NamedTuple):
+    """An issuer that publishes its keys. `issuer`: the iss that its tokens have; "": any."""
+
+    issuer: str
+    url: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from other issuers, and from keys of our own while `auth.issuer` is empty."""
+        return self.issuer or self.url
+
+
+def key_sources(auth: Auth) -> list[KeySource]:
+    """Of `auth.jwks_url`: a URL, for the issuer of `auth.issuer`, or several ISSUER=URL with spaces between."""
+    found = [(_ISSUER.match(word), word) for word in auth.jwks_url.split()]
+    return [
+        KeySource(match[1], word[match.end() :]) if match else KeySource(auth.issuer, word) for match, word in found
+    ]
+
+
 def plain_urls(auth: Auth) -> list[str]:
     """Those of its options that name another machine by plain HTTP: whoever is on the way can answer for it."""
-    urls = {"auth.jwks_url": auth.jwks_url, "auth.webhook_url": auth.webhook_url}
-    return [key for key, url in urls.items() if _is_plain_beyond_loopback(url)]
+    urls = {"auth.jwks_url": [source.url for source in key_sources(auth)], "auth.webhook_url": [auth.webhook_url]}
+    return [key for key, found in urls.items() if any(map(_is_plain_beyond_loopback, found))]
 
 
 def _is_plain_beyond_loopback(url: str) -> bool:

@@ -4,7 +4,7 @@ Each key knows which algorithms it may check, by its own type and strength: a pu
 never RS256, whatever the header of a token says. PyJWT does the signatures, by instances of our own.
 
 Must not know: tokens, claims, the clock, where bytes come from (`read_file` is given). PyJWT and cryptography are
-imported when the first key is read, not before: 60 ms and 11 MiB that a server without keys does not pay.
+imported when the first key is read, not before: 40 ms and 10 MiB that a server without keys does not pay.
 Invariants: no message and no repr holds a secret; a key that is too weak, or of a kind that is not listed here, is
 never made. Read `auth` next.
 """

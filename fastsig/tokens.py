@@ -16,26 +16,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, TypeAlias
-from urllib.error import URLError
-from urllib.request import urlopen
 
-from .auth import CHECKS, FETCH_S, TOKEN_BYTES, Grant, KeySets, KeysWanted, TokenError, Verifier, read_grant
+import msgspec
+
+from .auth import CHECKS, TOKEN_BYTES, Grant, KeySets, KeysWanted, TokenError, Verifier, read_grant
 from .config import Auth
 from .errors import ConfigError
-from .keys import FILE_BYTES, SECRET_BYTES, Item, algorithms, from_base64, parse_item, read_file
+from .keys import SECRET_BYTES, Item, algorithms, from_base64, parse_item, read_file
 
 KeyType: TypeAlias = Literal["hs256", "ed25519", "es256", "rs256"]
 RSA_BITS: Final = 3072  # what NIST SP 800-57 asks for beyond 2030
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
-_SIGNS: Final = {  # what a private key of this class signs with, best liked first
-    "RSAPrivateKey": ("RS256", "PS256"),
-    "EllipticCurvePrivateKey": ("ES256",),
-    "Ed25519PrivateKey": ("EdDSA", "Ed25519"),
-}
 
 
 class Signer(NamedTuple):
-    """A key that makes signatures: a secret, or a private key of `cryptography`."""
+    """A key that makes signatures: a secret, or a private key of `cryptography`. `algorithms`: best liked first."""
 
     kid: str | None
     algorithms: tuple[str, ...]
@@ -90,10 +85,10 @@ def create(auth: Auth, claims: Mapping[str, Any], *, key: str, kid: str) -> str:
     algorithm = next((name for name in signer.algorithms if name in auth.algorithms), None)
     if algorithm is None:
         raise ConfigError(f"auth.algorithms has none of {', '.join(signer.algorithms)}, which the key is for")
-    text = json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()
     try:
+        text = json.dumps(claims, separators=(",", ":"), ensure_ascii=False).encode()
         read_grant(text)
-    except TokenError as error:
+    except (TokenError, UnicodeEncodeError) as error:  # the latter: an argument is no UTF-8
         raise ConfigError(f"such a token would be refused: {error}") from None
     token = signer.sign(text, algorithm)
     if len(token) > TOKEN_BYTES:
@@ -112,10 +107,10 @@ def parse_ttl(text: str) -> int:
 def parse_meta(text: str, most: int) -> Any:
     """The JSON value that `--meta` is. Raises ConfigError."""
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+        value = msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
         raise ConfigError('--meta: expected JSON, such as \'{"name":"Alice"}\'') from None
-    if len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")) > most:
+    if len(json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()) > most:
         raise ConfigError(f"--meta: expected no more than limits.meta_bytes, {most}")
     return value
 
@@ -224,10 +219,15 @@ def _private_key(text: bytes) -> Any:
 
 
 def _private_signer(material: Any, kid: str | None) -> Signer:
-    kinds = [name for name in _SIGNS if any(name == base.__name__ for base in type(material).__mro__)]
-    if not kinds:
-        raise ValueError("it is no private key for RSA, P-256 or Ed25519, which signing needs")
-    return Signer(kid, _SIGNS[kinds[0]], material)
+    from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa  # noqa: PLC0415 # as above
+
+    if isinstance(material, rsa.RSAPrivateKey):
+        return Signer(kid, ("RS256", "PS256"), material)
+    if isinstance(material, ec.EllipticCurvePrivateKey) and material.curve.name == "secp256r1":
+        return Signer(kid, ("ES256",), material)
+    if isinstance(material, ed25519.Ed25519PrivateKey):
+        return Signer(kid, ("EdDSA", "Ed25519"), material)
+    raise ValueError("it is no private key for RSA, P-256 or Ed25519, which signing needs")
 
 
 def _secret_signer(secret: bytes, kid: str | None) -> Signer:
@@ -253,16 +253,13 @@ def _check(auth: Auth, token: str, now: float, fetches: list[str]) -> Grant:
 
 
 async def _fetch(url: str) -> bytes:
-    return await asyncio.to_thread(_get, url)
+    from .fetch import Fetcher  # noqa: PLC0415 # only here
 
-
-def _get(url: str) -> bytes:
+    fetcher = Fetcher()
     try:
-        with urlopen(url, timeout=FETCH_S) as answer:  # noqa: S310 # http or https: `auth` has seen to it
-            text: bytes = answer.read(FILE_BYTES + 1)
-    except URLError as error:
-        raise OSError(str(error.reason)) from None
-    return text
+        return await fetcher.get(url)
+    finally:
+        await fetcher.close()
 
 
 def _outcomes(refusal: TokenError | None) -> Iterator[str]:

@@ -129,15 +129,15 @@ def test_variables_and_empty_ones(served: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_lists_in_flags_are_given_in_any_way(served: Any) -> None:
     words = ("--server.origins", "::1", "::2", "--server.trusted-proxies", "::1 ::2")
-    others = ("--turn.urls", "::1", "--turn.urls", "::2", "--auth.keys", '["::1", "::2"]')
-    keys = ("server.origins", "server.trusted_proxies", "turn.urls", "auth.keys")
+    others = ("--turn.urls", "::1", "--turn.urls", "::2", "--auth.revoked", '["::1", "::2"]')
+    keys = ("server.origins", "server.trusted_proxies", "turn.urls", "auth.revoked")
     assert served(*words, *others) == build(dict.fromkeys(keys, ("::1", "::2")))
 
 
 def test_flag_switches_off_what_a_variable_switched_on(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LIMITS_DRY_RUN", "TRACING_ENABLED", "AUTH_REQUIRED"):
+    for name in ("LIMITS_DRY_RUN", "TRACING_ENABLED", "AUTH_WEBHOOK_FAILS_OPEN"):
         monkeypatch.setenv(f"FASTSIG_{name}", "yes")
-    assert served("--limits.no-dry-run", "--tracing.enabled=false") == build({"auth.required": True})
+    assert served("--limits.no-dry-run", "--tracing.enabled=false") == build({"auth.webhook_fails_open": True})
 
 
 def test_file_is_named_by_flag_or_variable(served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

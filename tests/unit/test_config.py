@@ -108,11 +108,22 @@ def test_url_that_cannot_be_asked_is_refused(key: str, url: str) -> None:
     assert "https://auth.example.com/path" in refusal(**{key: url, "auth_webhook_secret": "s" * 32})
 
 
+def test_of_several_issuers_each_has_its_name() -> None:
+    a, b = "https://a.example/jwks", "HTTPS://b.example/jwks?x=https://c.example"
+    for urls in (f"{a} {b}", f"us={a} {b}", f"us={a} us={b}"):
+        assert "ISSUER=https://" in refusal(auth_jwks_url=urls)
+    made = checked(auth_jwks_url=f"https://a.example/={a} {b}", auth_issuer="us").auth
+    assert config.key_sources(made) == [("https://a.example/", a), ("us", b)]
+    assert [source.name for source in config.key_sources(checked(auth_jwks_url=a).auth)] == [a]
+    assert "https://auth.example.com/path" in refusal(auth_jwks_url=f"us={a} them=ftp://x")
+    assert config.plain_urls(checked(auth_jwks_url=f"us={a} them=http://10.0.0.1/").auth) == ["auth.jwks_url"]
+
+
 @pytest.mark.parametrize("secret", ["", "s" * 31])
 def test_webhook_needs_a_secret_that_cannot_be_guessed(secret: str) -> None:
     said = refusal(auth_webhook_url="https://auth.example.com", auth_webhook_secret=secret)
     assert "auth.webhook_secret" in said and "openssl rand -hex 32" in said and "sss" not in said
-    assert checked(auth_webhook_url="https://auth.example.com", auth_webhook_secret="s" * 32)
+    checked(auth_webhook_url="https://auth.example.com", auth_webhook_secret="s" * 32)
 
 
 def test_bounds_that_are_no_whole_numbers_are_said_exactly() -> None:
