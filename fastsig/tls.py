@@ -214,6 +214,9 @@ class TlsTransport(asyncio.BufferedProtocol):
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return self._context if name == "sslcontext" else self._transport.get_extra_info(name, default)
 
+    def get_protocol(self) -> Any:
+        return self._protocol
+
     def set_protocol(self, protocol: Any) -> None:
         self._protocol = protocol
         self._get_buffer = getattr(protocol, "get_buffer", None)

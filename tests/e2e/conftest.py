@@ -208,8 +208,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Start a server with these arguments; it listens when this returns."""
     with contextlib.ExitStack() as stack:
 
-        def start(*args: str, env: dict[str, str] | None = None) -> Server:
-            server = Server(*args, env=env, cwd=tmp_path)
+        def start(*args: str, env: dict[str, str] | None = None, trust: ssl.SSLContext | None = None) -> Server:
+            server = Server(*args, env=env, cwd=tmp_path, trust=trust)
             stack.callback(server.stop)
             server.wait_for("serving")
             return server
