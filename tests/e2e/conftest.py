@@ -27,6 +27,8 @@ from typing import Any
 
 import pytest
 
+from .issuer import Issuer, Webhook
+
 START_S = 15.0
 STOP_S = 10.0
 EVERY_COUNT = (1, 2, 4)  # of workers: alone, the least that share rooms, more than the machine may have cores
@@ -195,6 +197,20 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return server
 
         yield start
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    """A webhook that allows everything until it is told otherwise."""
+    with Webhook() as one:
+        yield one
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    """An issuer of tokens with one key."""
+    with Issuer() as one:
+        yield one
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
