@@ -177,7 +177,7 @@ class Issuer(Site):
         kid = kid or next(reversed(self._keys))
         algorithm, key = self._keys[kid]
         now = int(time.time())
-        known = {"sub": subject, "iss": self.url, "iat": now, "exp": now + ttl_s}
+        known = {"sub": subject, "iss": self.url, "iat": now, "exp": int(now + ttl_s)}
         payload = {name: value for name, value in (known | claims).items() if value is not None}
         header = {"alg": algorithm, "typ": "JWT", "kid": kid}
         signed = f"{_base64(json.dumps(header).encode())}.{_base64(json.dumps(payload).encode())}"

@@ -7,6 +7,8 @@ import gzip
 import io
 import json
 import os
+import shutil
+import signal
 import ssl
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from fastsig.asker import WAITING_PER_PLACE, Asker, Asking
 from fastsig.fetch import Fetcher, FetchError, FetchTimeoutError
 from fastsig.webhook import Decision, Question
 
-from .conftest import START_S
+from .conftest import START_S, Server
 from .issuer import SECRET, Issuer, Webhook, documented, is_from_fastsig
 
 META_BYTES = 1024
@@ -147,7 +149,7 @@ async def test_documented_python_refuses_what_is_altered_or_old(home: Home, webh
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="no node: apt-get install nodejs")
-async def test_documented_node_agrees(home: Home, webhook: Webhook, tmp_path: Path) -> None:
+async def test_documented_node_agrees(home: Home, webhook: Webhook) -> None:
     await home.ask()
     headers, body = webhook.headers_seen[0], webhook.bodies[0]
     cases = [(headers, body), *alterations(headers, body)]
@@ -177,6 +179,12 @@ def alterations(headers: dict[str, str], body: bytes) -> list[tuple[dict[str, st
         {"X-Fastsig-Signature": signature[:-1] + "ä"}, {"X-Fastsig-Signature": signature[:-1] + "g"},
     ]  # fmt: skip
     return [(headers, body + b" "), *((headers | other, body) for other in others)]
+
+
+async def test_password_in_the_url_is_sent_as_one(home: Home, webhook: Webhook) -> None:
+    home.configure(webhook.url.replace("://", "://user:pass@"))
+    assert await home.ask() == ALLOWED
+    assert webhook.headers_seen[0]["Authorization"] == f"Basic {base64.b64encode(b'user:pass').decode()}"
 
 
 # ---- what is no answer
@@ -747,3 +755,21 @@ def test_worker_that_fetches_nothing_imports_nothing() -> None:
     program = "import sys, fastsig.fetch, fastsig.asker; print('aiohttp' in sys.modules, 'ssl' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
     assert output.split()[0] == "False"
+
+
+# ---- the server
+
+
+def test_plain_http_to_another_machine_is_warned_of(serve: Callable[..., Server], tmp_path: Path) -> None:
+    file = tmp_path / "fastsig.toml"
+    table = f'[auth]\nwebhook_secret = "{SECRET}"\nwebhook_url = '
+    file.write_text(f'{table}"http://auth.example.com/join?s3cr3t"\n', encoding="ascii")
+    server = serve("--config", str(file))
+    assert server.wait_for("plain_http")["options"] == ["auth.webhook_url"]
+    file.write_text(f'{table}"https://auth.example.com/join?s3cr3t"\n', encoding="ascii")
+    server.process.send_signal(signal.SIGHUP)
+    assert server.wait_for("reloaded")["options"] == ["auth.webhook_url"]
+    server.stop()
+    assert len(server.events("plain_http")) == 1
+    assert "s3cr3t" not in "".join(server.stderr_lines())
+    assert SECRET not in "".join(server.stderr_lines())
