@@ -141,7 +141,7 @@ def read_answer(body: bytes, *, meta_bytes: int) -> Decision:
 class Cache:
     """What was decided, by the key of the question, as long as it holds. `now` is monotonic seconds.
 
-    At most `entries`; who was not asked for longest makes room. An entry is about 0.5 KiB and its meta.
+    At most `entries`; who was not asked for longest makes room. An entry is about 0.3 KiB and its meta.
     """
 
     def __init__(self, entries: int = CACHE_ENTRIES) -> None:

@@ -30,6 +30,8 @@ from typing import Any
 import pytest
 import trustme
 
+from .issuer import Issuer, Webhook
+
 START_S = 15.0
 STOP_S = 10.0
 TLS = "TLS"
@@ -215,6 +217,20 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
             return server
 
         yield start
+
+
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    """A webhook that allows everything until it is told otherwise."""
+    with Webhook() as one:
+        yield one
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    """An issuer of tokens with one key."""
+    with Issuer() as one:
+        yield one
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
