@@ -91,6 +91,8 @@ class Connection(WSListener):
     wants_ack: bool
     is_copied: bool
     trace: Any
+    lease: Any
+    address: str
     @property
     def serial(self) -> int: ...
     def __init__(self, relay: Relay) -> None: ...

@@ -594,6 +594,8 @@ cdef class Connection(WSListener):
     cdef list members                 # of Member: the rooms this connection is in
     cdef public bint wants_ack        # cap `ack`
     cdef public object trace          # the tracer's, None without
+    cdef public object lease          # what it counts for at the edge: has `end()`, called once when it ends here
+    cdef public str address           # the client's, after proxies; "" where it is unknown
     cdef readonly uint64_t serial     # its number in this worker
     cdef size_t end                   # the word that counts how it ended, 0: it has not
     cdef double opened_at
@@ -640,6 +642,7 @@ cdef class Connection(WSListener):
         self.fd = -1
         self.slot = -1
         self.state = HANDSHAKE
+        self.address = ""
         self.probed_at = -1e9
 
     def __dealloc__(self):
@@ -820,6 +823,9 @@ cdef class Connection(WSListener):
         self._forget_kept()
         self.diverted = RELAY
         self.is_paused = False
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.end()
         return 0
 
     cdef int _drop(self) except -1:

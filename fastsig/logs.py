@@ -67,6 +67,13 @@ EVENTS: Final[dict[str, str]] = {
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    "limit_hit": "Somebody at `address` (empty: unknown, or log.addresses is off) ran into `limit`. Of each address and"
+    " limit one line a second: `left_out` such hits before it were not logged. `enforced` is false where limits.dry_run"
+    " let it pass.",
+    "one_address": "The last `connections` all came from `address`, a private one. A proxy there must be named in"
+    " server.trusted_proxies, and name its clients (docs/proxies.md): else they share the limits of one address.",
+    "proxy_header_refused": "A trusted proxy began a connection with something that is no PROXY header, for `reason`;"
+    " it was closed.",
     # traces
     "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"
     " was last said, for `reason`; once a minute at most.",

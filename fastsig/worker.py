@@ -52,6 +52,7 @@ from .control import (
     ToSupervisor,
     Unlinked,
 )
+from .entrance import Entrance
 from .errors import CloseCode, ConfigError, ExitCode, InvariantError
 from .hub import Hub
 from .passing import Passing
@@ -152,7 +153,10 @@ class Worker:
         self.hub = Hub(self.relay, limits, place=place)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
-        self.door = Door(self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path)
+        self._entrance = Entrance(self.relay, boot.config)
+        self.door = Door(
+            self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path, entrance=self._entrance
+        )
         self._passing = Passing(loop, self.relay, self.hub, self.door)
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer
@@ -174,7 +178,7 @@ class Worker:
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-            acceptor = Acceptor(self._loop, listener, self.door.serve, is_shared=self._boot.shares_listeners)
+            acceptor = Acceptor(self._loop, listener, self.door.welcome, is_shared=self._boot.shares_listeners)
             self._acceptors[listener] = acceptor
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
@@ -316,6 +320,7 @@ class Worker:
         logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
         self.relay.configure(**_for_relay(config))
         self.hub.configure(config.limits)
+        self.door.configure(config)
         if self._tracer is not None:
             self._tracer.configure(config)
 
@@ -345,6 +350,7 @@ class Worker:
         self._edge.retry()
         self.relay.tick(now)
         self.hub.tick(now)
+        self._entrance.tick(now)
         self._calls.take(self.relay.take_seen())
         for room in self._calls.end(now):
             self.relay.end_watch(room)
@@ -433,6 +439,7 @@ class Worker:
     async def _close_all(self, stop: Stop) -> None:
         for acceptor in self._acceptors.values():
             acceptor.close()
+        self._entrance.close()
         self._shut_the_door()
         self.hub.rooms.is_ending = True
         for connection in self._leaving:

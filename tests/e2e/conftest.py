@@ -2,8 +2,8 @@
 
 No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
 
-A server has one worker, and no operations port, unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT
-has its tests that take `server` run with each of these numbers of workers.
+A server has one worker, no operations port, and no limits per address, unless the test says otherwise. A module whose
+`WORKERS` is EVERY_COUNT has its tests that take `server` run with each of these numbers of workers.
 
 FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
 """
@@ -32,6 +32,10 @@ STOP_S = 10.0
 EVERY_COUNT = (1, 2, 4)  # of workers: alone, the least that share rooms, more than the machine may have cores
 PYTHON = os.environ.get("FASTSIG_PYTHON", sys.executable)
 NODE = Path(__file__).parent / "node"
+ONE_ADDRESS = {  # all clients of the tests have it
+    "FASTSIG_LIMITS_CONNECTIONS_PER_ADDRESS": "0",
+    "FASTSIG_LIMITS_CONNECTS_PER_S_PER_ADDRESS": "0",
+}
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:
@@ -107,6 +111,7 @@ class Server:
         self.process = subprocess.Popen(
             [*prefix, PYTHON, "-m", "fastsig", "serve", *args],
             env=clean
+            | ONE_ADDRESS
             | {
                 "FASTSIG_SERVER_PORT": "0",
                 "FASTSIG_SERVER_WORKERS": "1",

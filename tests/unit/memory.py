@@ -15,8 +15,9 @@ from fastsig import metrics
 from fastsig._relay import Connection, Relay, Room
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
-from fastsig.config import Limits
+from fastsig.config import Config, Limits, Server
 from fastsig.connection import Discard, Door, Handshake, new_websocket
+from fastsig.entrance import Entrance
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
 
@@ -137,11 +138,12 @@ class Host:
     """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it."""
 
     def __init__(self, *, ping_s: float = 25.0, handshake_s: float = 10.0, first_message_s: float = 60.0,
-                 output_bytes: int = 1 << 20, place: Place = Place(), **limits: Any) -> None:  # fmt: skip  # noqa: B008
+                 output_bytes: int = 1 << 20, place: Place = Place(),  # noqa: B008
+                 server: Server = Server(), **limits: Any) -> None:  # fmt: skip  # noqa: B008
         self.now = 1000.0
         self.place = place
         self.soon: deque[Callable[[], None]] = deque()
-        self.limits = Limits(**limits)
+        self.limits = Limits(**({"connections_per_address": 0, "connects_per_s_per_address": 0} | limits))
         self.slab = bytearray(metrics.SLAB_BYTES)
         self.relay = Relay(
             call_soon=self.soon.append, clock=lambda: self.now, counters=self.slab,
@@ -156,7 +158,8 @@ class Host:
         self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
-        self.door = Door(self.relay, path="/ws", echo_path="/echo")
+        entrance = Entrance(self.relay, Config(server=server, limits=self.limits), clock=lambda: self.now)
+        self.door = Door(self.relay, path="/ws", echo_path="/echo", entrance=entrance)
 
     def _make_id(self) -> str:
         self.made_ids += 1
@@ -217,9 +220,7 @@ class Host:
 
     def accept(self, *, peername: object = None) -> "Client":
         """A TCP connection, nothing sent yet."""
-        client = Client(self)
-        client.transport.peername = peername
-        return client
+        return Client(self, peername)
 
     def connect(self, target: str = "/ws", *, peername: object = None) -> "Client":
         """A WebSocket, nothing sent yet."""
@@ -241,10 +242,11 @@ class Host:
 class Client:
     """The far end of a connection."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, peername: object = None) -> None:
         self.host = host
-        protocol = Handshake(host.door, pass_on=host.door.pass_on)
+        protocol = Handshake(host.door, guest=host.door.entrance.meet(peername), pass_on=host.door.pass_on)
         self.transport = Transport(host, protocol)
+        self.transport.peername = peername
         protocol.connection_made(self.transport)  # type: ignore[arg-type]  # stands in for an asyncio transport
 
     def feed(self, data: bytes) -> None:
