@@ -99,6 +99,7 @@ class Connection(WSListener):
     is_copied: bool
     trace: Any
     denies: int
+    lease: Any
     address: str
     @property
     def serial(self) -> int: ...

@@ -647,7 +647,8 @@ cdef class Connection(WSListener):
     cdef list members                 # of Member: the rooms this connection is in
     cdef public bint wants_ack        # cap `ack`
     cdef public object trace          # the tracer's, None without
-    cdef public str address           # of the client as far as we know, for the log; "": not known
+    cdef public object lease          # what it counts for at the edge: has `end()`, called once when it ends here
+    cdef public str address           # the client's, after proxies; "" where it is unknown
     cdef readonly uint64_t serial     # its number in this worker
     cdef size_t end                   # the word that counts how it ended, 0: it has not
     cdef double opened_at
@@ -907,6 +908,9 @@ cdef class Connection(WSListener):
         self._forget_kept()
         self.diverted = RELAY
         self.is_paused = False
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.end()
         return 0
 
     cdef int _drop(self) except -1:

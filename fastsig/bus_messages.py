@@ -168,10 +168,14 @@ class Settled(Struct, tag="settled", frozen=True):
 
 
 class Offer(Struct, tag="offer", frozen=True):
-    """With the descriptor of a connection whose room the other owns: will you serve it? `data` was read from it."""
+    """With the descriptor of a connection whose room the other owns: will you serve it? `data` was read from it.
+
+    `address`: the client's, which a proxy may have named in bytes that are gone; "" where it is unknown.
+    """
 
     request: int
     data: bytes
+    address: str = ""
 
 
 class Accept(Struct, tag="accept", frozen=True):

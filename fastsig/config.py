@@ -104,18 +104,26 @@ class Server:
     tls_min_version: Literal["1.2", "1.3"] = _option(
         "1.2", "Oldest version of TLS that is spoken.", reloads=True, has_effect=True
     )
-    origins: tuple[str, ...] = _option((), "Origins that browsers may connect from; empty: all.", reloads=True)
-    tell_browsers: bool = _option(
-        True, "Upgrade browsers whose token or origin is refused: they read the error, and why they are closed.",
-        reloads=True,
-    )  # fmt: skip
-    trusted_proxies: tuple[str, ...] = _option(
+    origins: tuple[str, ...] = _option(
         (),
-        "Addresses or networks of proxies that are believed: for now, that a traceparent is to be recorded.",
+        "Origins whose pages may connect, such as https://app.example.org or https://*.example.org; empty or *: all.",
         reloads=True,
         has_effect=True,
     )
-    proxy_protocol: bool = _option(False, "Expect a PROXY protocol header on each connection.")
+    tell_browsers: bool = _option(
+        True, "Upgrade browsers whose token or origin is refused: they read the error, and why they are closed.",
+        reloads=True, has_effect=True,
+    )  # fmt: skip
+    trusted_proxies: tuple[str, ...] = _option(
+        (),
+        "Addresses or networks of proxies that are believed: who the client is (X-Forwarded-For, PROXY protocol), and"
+        " that a traceparent is to be recorded.",
+        reloads=True,
+        has_effect=True,
+    )
+    proxy_protocol: bool = _option(
+        False, "Trusted proxies begin each connection with a PROXY protocol header, version 1 or 2.", has_effect=True
+    )
     moves: bool = _option(
         True,
         "Move connections after the handshake to the worker that owns their room.",
@@ -151,14 +159,18 @@ class Limits:
     rooms_per_connection: int = _option(16, "Rooms of one connection.", most=1024, reloads=True, has_effect=True)
     peers_per_room: int = _option(512, "Peers in one room.", most=65535, reloads=True, has_effect=True)
     rooms: int = _option(0, "Rooms per worker.", reloads=True, has_effect=True)
-    connections: int = _option(0, "Connections of one worker.", reloads=True)
-    connections_per_address: int = _option(1000, "Connections from one address (IPv6: /64), per worker.", reloads=True)
+    connections: int = _option(0, "Connections of one worker.", reloads=True, has_effect=True)
+    connections_per_address: int = _option(
+        1000, "Connections from one address (IPv6: /64), per worker.", reloads=True, has_effect=True
+    )
     connects_per_s_per_address: int = _option(
-        20, "New connections from one address; the burst is five times that.", unit="connections/s", reloads=True
-    )
+        20, "New connections from one address, per worker; the burst is five times that.", unit="connections/s",
+        reloads=True, has_effect=True,
+    )  # fmt: skip
     connects_per_s: int = _option(
-        0, "New connections of one worker; the burst is five times that.", unit="connections/s", reloads=True
-    )
+        0, "New connections of one worker; the burst is five times that.", unit="connections/s", reloads=True,
+        has_effect=True,
+    )  # fmt: skip
     handshake_seconds: float = _option(
         10.0, "Time for the HTTP request to be complete.", unit="s", reloads=True, has_effect=True
     )
@@ -180,7 +192,10 @@ class Limits:
     errors_per_5s: int = _option(
         20, "Bad messages within five seconds; one more closes with 4509.", most=10000, reloads=True, has_effect=True
     )
-    dry_run: bool = _option(False, "Count what the rate limits would refuse, refuse nothing.", reloads=True)
+    dry_run: bool = _option(
+        False, "Count and log what limits of rate and of connections would refuse, and refuse nothing.", reloads=True,
+        has_effect=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,7 +304,7 @@ class Log:
         "auto", "Text or JSON lines; auto is text on a terminal, JSON elsewhere.", has_effect=True
     )
     addresses: bool = _option(
-        True, "Name the addresses of clients where they matter: refusals by limits.", reloads=True
+        True, "Name the addresses of clients where they matter: refusals by limits.", reloads=True, has_effect=True
     )
 
 
@@ -582,6 +597,9 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
     if server.echo_path and (server.trusted_proxies or server.proxy_protocol):
         yield "server.echo_path", "leave it empty, or server.trusted_proxies and server.proxy_protocol unset"
     yield from _strangers(server.trusted_proxies)
+    yield from _odd_origins(server.origins)
+    if server.proxy_protocol and not server.trusted_proxies:
+        yield "server.proxy_protocol", "set server.trusted_proxies to the addresses of the proxies too"
     if server.tls_cert and not server.tls_key:
         yield "server.tls_cert", "set server.tls_key too"
     if server.tls_key and not server.tls_cert:
@@ -680,6 +698,32 @@ def _strangers(proxies: Iterable[str]) -> Iterable[tuple[str, str]]:
             ip_network(proxy)
         except ValueError:
             yield "server.trusted_proxies", f"{json.dumps(proxy)} is no address or network, such as 10.0.0.0/8"
+
+
+def split_origin(text: str) -> tuple[str, str, int] | None:
+    """Scheme, host and port of an origin (RFC 6454 §6.2), in lower case, or of a pattern whose host begins with `*.`.
+
+    A port that is not there is the scheme's own, 0 where that has none. None: it is no such thing.
+    """
+    parts = _ORIGIN.fullmatch(text.lower())
+    if parts is None or not text.isascii():
+        return None
+    scheme, host, port = parts.groups()
+    if port is None:
+        return scheme, host, _PORTS.get(scheme, 0)
+    return (scheme, host, int(port)) if int(port) < 65536 else None
+
+
+_NAME: Final = r"(?:\*\.)?[a-z0-9_-]+(?:\.[a-z0-9_-]+)*"
+_ORIGIN: Final = re.compile(rf"([a-z][a-z0-9+.-]*)://({_NAME}|\[[0-9a-f:.]+\])(?::([0-9]{{1,5}}))?")
+_PORTS: Final = {"http": 80, "https": 443}
+_AN_ORIGIN: Final = "https://app.example.org (no path; a :port if it is an odd one), https://*.example.org, null, *"
+
+
+def _odd_origins(origins: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for origin in origins:
+        if origin not in {"*", "null"} and split_origin(origin) is None:
+            yield "server.origins", f"{json.dumps(origin[:_SHOWN_CHARS])} is none: expected {_AN_ORIGIN}"
 
 
 def _is_plain_path(path: str) -> bool:

@@ -34,6 +34,8 @@ from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its
 
 from . import logs, metrics
 from ._relay import Connection, Relay, trim
+from .config import Config
+from .entrance import Entrance, Guest, reset
 from .errors import HttpError
 from .protocol import SUBPROTOCOL
 from .tls import Credentials, TlsTransport
@@ -67,6 +69,9 @@ _RESULTS: Final = metrics.indexes("handshakes_total")
 _BUGS: Final = metrics.index("internal_errors_total")
 _TLS_FAILURES: Final = metrics.index("tls_handshake_failures_total")
 _CLIENT_HELLO: Final = b"\x16"  # begins TLS (RFC 8446 §5.1), and never a request
+_TEXT: Final = 1
+_CLOSE: Final = 8
+_TO_BE_TRIED_AGAIN: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 _LIVE: Final = frozenset({"/health/live", "/livez"})
 _READY: Final = frozenset({"/health/ready", "/readyz"})
 _FORWARDED: Final = frozenset({"forwarded", "via", "x-real-ip"})  # and whatever begins with x-forwarded
@@ -180,6 +185,34 @@ def http_response(status: int, body: bytes, *, headers: str = "", content_type: 
     ).encode("ascii") + body
 
 
+def switching(head: Head) -> bytes:
+    """The answer 101. Raises HttpError where that is no proper upgrade."""
+    accept, subprotocol = accept_key(head)
+    chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
+    return (
+        "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        f"Sec-WebSocket-Accept: {accept}\r\n{chosen}\r\n"
+    ).encode("ascii")
+
+
+def _error_body(refusal: HttpError) -> bytes:
+    """One JSON error object."""
+    fields = {
+        "type": "error", "code": refusal.code, "message": refusal.sentence,
+        "retry": refusal.status in _TO_BE_TRIED_AGAIN,
+    }  # fmt: skip
+    if refusal.after_ms is not None:
+        fields["after_ms"] = refusal.after_ms
+    return msgspec.json.encode(fields)
+
+
+def _server_frame(opcode: int, payload: bytes) -> bytes:
+    """One whole frame of less than 64 KiB."""
+    size = len(payload)
+    length = bytes([size]) if size < 126 else b"\x7e" + size.to_bytes(2, "big")
+    return bytes([0x80 | opcode]) + length + payload
+
+
 class _Request(Protocol):
     """One handshake as `tracing` sees it."""
 
@@ -207,7 +240,8 @@ class Door:
 
     `pass_on(handshake, room, received)`: is another worker asked to serve this connection, because it owns the room?
     Then either `Handshake.let_go` or `Handshake.serve` follows. `tracer`: hears of handshakes, where traces are wanted.
-    `credentials`: for TLS; such a connection is passed to nobody, since its keys are in this process.
+    `entrance`: limits, proxies and origins; without one those of the default configuration. `credentials`: for TLS; such
+    a connection is passed to nobody, since its keys are in this process.
     """
 
     def __init__(
@@ -217,41 +251,80 @@ class Door:
         path: str,
         echo_path: str = "",
         pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
+        entrance: Entrance | None = None,
     ) -> None:
         self.relay = relay
         self.path = path
         self.echo_path = echo_path
         self.pass_on = pass_on
+        self.entrance = entrance or Entrance(relay, Config())
         self.tracer: _Tracer | None = None
         self.credentials: Credentials | None = None
         self.is_ready = True
-        self._beginning: dict[asyncio.Task[Any], socket.socket] = {}
+        self._beginning: dict[asyncio.Task[Any], tuple[socket.socket, Guest]] = {}
 
-    def serve(self, fd: int, received: bytes = b"", *, is_passed: bool = False, trace: str | None = None) -> None:
-        """Serve an accepted connection; takes the descriptor over. Call within the loop.
+    def configure(self, config: Config) -> None:
+        """What reloads."""
+        self.entrance.configure(config)
 
-        `received`: what another worker had read from it already; `is_passed`: never pass it on; `trace`: the
-        traceparent of what that worker did.
-        """
-        loop = asyncio.get_running_loop()
-        pass_on = None if is_passed or self.credentials is not None else self.pass_on
+    def serve(self, fd: int) -> None:
+        """Serve a connection that another process has accepted; takes the descriptor over. Call within the loop."""
         end = socket.socket(fileno=fd)
+        try:
+            peername = end.getpeername()
+        except OSError:  # it is gone already, as will be seen
+            peername = None
+        self.welcome(end, peername)
+
+    def welcome(self, end: socket.socket, peername: object) -> None:
+        """Serve a connection that was accepted from there, if limits let it in; takes the socket over."""
+        guest = self.entrance.meet(peername)
+        if self.entrance.expects_header(guest):
+            self.entrance.read_header(end, guest, self._receive)
+        else:
+            self._receive(end, guest)
+
+    def _receive(self, end: socket.socket, guest: Guest) -> None:
+        """Who it is, is known as far as the address goes."""
+        if guest.refusal is not None and guest.refusal.is_deep:
+            reset(end)
+        else:
+            self._begin(end, guest, pass_on=self.pass_on if self.credentials is None else None)
+
+    def take_over(self, fd: int, received: bytes, address: str, *, trace: str | None = None) -> None:
+        """Serve what another worker passed on, after it had read so much; takes the descriptor over.
+
+        `address`: the client's; `trace`: the traceparent of what that worker did. It is passed to nobody else.
+        """
+        self._begin(socket.socket(fileno=fd), self.entrance.take_over(address), received, trace=trace)
+
+    def _begin(
+        self,
+        end: socket.socket,
+        guest: Guest,
+        received: bytes = b"",
+        *,
+        pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
+        trace: str | None = None,
+    ) -> None:
+        loop = asyncio.get_running_loop()
         end.setblocking(False)
 
         def protocol() -> asyncio.BaseProtocol:
-            handshake = Handshake(self, received, pass_on=pass_on, trace=trace)
+            handshake = Handshake(self, received, guest=guest, pass_on=pass_on, trace=trace)
             if self.credentials is None:
                 return handshake
             return TlsTransport(self.credentials.certificate.context, handshake, self._on_tls_failure)
 
         task = loop.create_task(loop.connect_accepted_socket(protocol, end))
-        self._beginning[task] = end
+        self._beginning[task] = (end, guest)
         task.add_done_callback(self._on_begun)
 
     def _on_begun(self, task: "asyncio.Task[Any]") -> None:
-        end = self._beginning.pop(task)
+        end, guest = self._beginning.pop(task)
         if task.cancelled() or task.exception() is not None:  # no memory or descriptor for it: nobody else to blame
             end.close()
+            guest.end()
             _log.debug("cannot_serve", reason=str(task.cancelled() or task.exception()))
 
     def _on_tls_failure(self) -> None:
@@ -261,8 +334,14 @@ class Door:
         """Does it ask for the path that echoes?"""
         return head.path == self.echo_path  # "" is no request's
 
-    def answer(self, head: Head, peername: object) -> tuple[bytes, str | None]:
-        """The answer to a request, 101 (then frames follow) or whole; and for which room. Raises HttpError."""
+    def answer(self, head: Head, peername: object, guest: Guest) -> tuple[bytes, str | None]:
+        """The answer to a request, 101 (then frames follow) or whole; and for which room. Raises HttpError.
+
+        Health is answered whatever limits say of the one who asks.
+        """
+        is_about_health = head.path in _LIVE or head.path in _READY
+        if not is_about_health:
+            self.entrance.admit(guest, head)
         if head.method != "GET":
             raise HttpError("method_not_allowed", "Only GET is answered here.", headers="Allow: GET\r\n")
         if head.path in _LIVE:
@@ -277,33 +356,45 @@ class Door:
         if not is_for_echo and head.path != self.path:
             raise HttpError("not_found", "There is nothing here.")
         room = None if is_for_echo else room_in(head.query)
-        accept, subprotocol = accept_key(head)
+        answer = switching(head)
         if not self.is_ready:
             raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
-        chosen = f"Sec-WebSocket-Protocol: {subprotocol}\r\n" if subprotocol else ""
-        switching = (
-            "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            f"Sec-WebSocket-Accept: {accept}\r\n{chosen}\r\n"
-        )
-        return switching.encode("ascii"), room
+        self.entrance.check_origin(head)
+        # The place to check the token of the request: raise HttpError with `close_code`, and a browser is told.
+        return answer, room
+
+    def tell(self, head: Head, refusal: HttpError) -> bytes | None:
+        """All that a browser, which cannot read the answer to its handshake, gets in place of a refusal: 101, the
+        error as a message, and the close. None: the refusal it is."""
+        if not (refusal.close_code and self.entrance.tells_browsers and head.headers.get("origin")):
+            return None
+        try:
+            answer = switching(head)
+        except HttpError:
+            return None
+        code = refusal.close_code.to_bytes(2, "big")
+        return answer + _server_frame(_TEXT, _error_body(refusal)) + _server_frame(_CLOSE, code)
 
 
 class Handshake(asyncio.Protocol):
     """Reads one request head. Its time-out is the connection's first deadline in the wheel.
 
-    `received`: what another worker had read from the connection already. `pass_on`: see `Door`; `trace`: `Door.serve`.
+    `received`: what another worker had read from the connection already. `guest`: who it is, as far as that is known.
+    `pass_on`: see `Door`; `trace`: `Door.take_over`.
     """
 
-    __slots__ = ("_connection", "_door", "_pass_on", "_received", "_request", "_transport")
+    __slots__ = ("_connection", "_door", "_guest", "_pass_on", "_received", "_request", "_transport")
 
     def __init__(
         self,
         door: Door,
         received: bytes = b"",
         *,
+        guest: Guest | None = None,
         pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
         trace: str | None = None,
     ) -> None:
+        self._guest = guest or Guest("")
         self._door = door
         self._received = received
         self._pass_on = pass_on
@@ -312,6 +403,7 @@ class Handshake(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport
         self._connection = Connection(self._door.relay)
+        self._connection.lease = self._guest
         self._connection.attach(transport)
         if self._received:
             self.data_received(b"")
@@ -325,6 +417,7 @@ class Handshake(asyncio.Protocol):
         speaks_tls = received[:1] == _CLIENT_HELLO
         if end < 0 and len(received) < HEAD_BYTES and not speaks_tls:
             return
+        head = None
         try:
             if speaks_tls:
                 raise _bad_request("TLS is not spoken here: use http:// or ws://.")
@@ -334,12 +427,12 @@ class Handshake(asyncio.Protocol):
             peername = self._transport.get_extra_info("peername")
             if self._request is not None:
                 self._request.read(head.headers.get("traceparent", ()), peername)
-            answer, room = self._door.answer(head, peername)
+            answer, room = self._door.answer(head, peername, self._guest)
             if room is not None and self._pass_on is not None and self._pass_on(self, room, received):
                 self._transport.pause_reading()  # not a byte more: whoever serves it gets what was read
                 return
         except HttpError as refusal:
-            self._refuse(refusal)
+            self._refuse(refusal, head)
         except Exception:  # noqa: BLE001 (the acceptor is one of the three places that catch broadly)
             _log.exception("internal_error")
             self._door.relay.count(_BUGS)
@@ -356,6 +449,11 @@ class Handshake(asyncio.Protocol):
         """The socket's. It stays the transport's."""
         fd: int = self._transport.get_extra_info("socket").fileno()
         return fd
+
+    @property
+    def address(self) -> str:
+        """The client's, as far as it is known."""
+        return self._guest.address
 
     @property
     def is_waiting(self) -> bool:
@@ -378,16 +476,17 @@ class Handshake(asyncio.Protocol):
         self._transport.resume_reading()
         self.data_received(b"")
 
-    def _refuse(self, refusal: HttpError) -> None:
+    def _refuse(self, refusal: HttpError, head: Head | None = None) -> None:
         self._door.relay.count(_RESULTS[refusal.code])
-        fields = {"type": "error", "code": refusal.code, "message": refusal.sentence, "retry": refusal.status >= 500}
-        self._connection.send_last(http_response(refusal.status, msgspec.json.encode(fields), headers=refusal.headers))
+        told = None if head is None else self._door.tell(head, refusal)
+        self._connection.send_last(told or http_response(refusal.status, _error_body(refusal), headers=refusal.headers))
         if self._request is not None:
             self._request.end(self._connection, refusal.code)
 
     def _upgrade(self, answer: bytes, tail: bytes, *, is_for_echo: bool) -> None:
         """The hand-over to picows. What came pipelined behind the head are frames already."""
         connection = self._connection
+        connection.address = self._guest.address
         websocket = new_websocket(connection)
         connection.send_raw(answer)
         connection.open()
@@ -443,7 +542,8 @@ def descriptor_limits() -> tuple[int, int]:
 
 
 class Acceptor:
-    """Accepts from one listening socket, which it takes over. `serve(fd)` gets each connection, close-on-exec.
+    """Accepts from one listening socket, which it takes over. `welcome(end, peername)` gets each connection,
+    close-on-exec.
 
     It stops shortly before this process has no descriptor left, and goes on when some are closed: a loop that cannot
     accept what is waiting burns a core. A server of the loop would do that; it also costs a third more CPU per
@@ -454,14 +554,14 @@ class Acceptor:
         self,
         loop: asyncio.AbstractEventLoop,
         listener: socket.socket,
-        serve: Callable[[int], None],
+        welcome: Callable[[socket.socket, object], None],
         *,
         is_shared: bool = False,
     ) -> None:
         listener.setblocking(False)
         self._loop = loop
         self._listener = listener
-        self._serve = serve
+        self._welcome = welcome
         self._most, self._ceiling = descriptor_limits()
         self._timer: asyncio.TimerHandle | None = None
         self._is_closed = False
@@ -493,8 +593,9 @@ class Acceptor:
     def _on_readable(self) -> None:
         try:
             for _ in range(ACCEPTS_PER_TURN):
-                fd = self._listener.accept()[0].detach()
-                self._serve(fd)
+                end, peername = self._listener.accept()
+                fd = end.fileno()
+                self._welcome(end, peername)
                 if fd >= self._ceiling:  # the lowest that is free is given: so many are open
                     _log.warning("descriptors_short", limit=self._most)
                     self._rest()

@@ -26,14 +26,20 @@ class HttpError(Exception):
     """A request is refused before the upgrade, with the status of HTTP_STATUS for `code`.
 
     `sentence` is fixed text that names what is wrong: a body echoes nothing of the request. `headers` are whole lines.
+    `close_code`: a browser, which cannot read such an answer, is upgraded, gets it as an `error`, and is closed with
+    that; 0: it is not. `after_ms` is sent along where the request may be tried again, not before that.
     """
 
-    def __init__(self, code: str, sentence: str, *, headers: str = "") -> None:
+    def __init__(
+        self, code: str, sentence: str, *, headers: str = "", close_code: int = 0, after_ms: int | None = None
+    ) -> None:
         super().__init__(sentence)
         self.code: Final = code
         self.status: Final = HTTP_STATUS[code]
         self.sentence: Final = sentence
         self.headers: Final = headers
+        self.close_code: Final = close_code
+        self.after_ms: Final = after_ms
 
 
 class ConfigError(Exception):

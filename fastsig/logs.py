@@ -46,7 +46,6 @@ EVENTS: Final[dict[str, str]] = {
     "drain_late": "At the drain's deadline the workers of `slots` had not closed everybody; all end now.",
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
-    "limit_hit": "A client at `address` was above `limit` (docs/limits.md); since the last line `left_out` times more.",
     "plain_http": "`options` name another machine by plain HTTP: whoever is on the way decides in its place who joins.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
@@ -77,6 +76,13 @@ EVENTS: Final[dict[str, str]] = {
     "keys_not_fetched": "The keys of the issuer at `host` could not be had, for `reason`: those known serve on.",
     # the webhook
     "webhook_failed": "The webhook at `host` did not decide so many `joins`, the last for `reason`; once a second.",
+    "limit_hit": "Somebody at `address` (empty: unknown, or log.addresses is off) ran into `limit`. Of each address and"
+    " limit one line a second: `left_out` such hits before it were not logged. `enforced` is false where limits.dry_run"
+    " let it pass.",
+    "one_address": "The last `connections` all came from `address`, a private one. A proxy there must be named in"
+    " server.trusted_proxies, and name its clients (docs/proxies.md): else they share the limits of one address.",
+    "proxy_header_refused": "A trusted proxy began a connection with something that is no PROXY header, for `reason`;"
+    " it was closed.",
     # traces
     "spans_lost": "So many `spans` were not taken by the collector, or found no room in the queue before it, since this"
     " was last said, for `reason`; once a minute at most.",

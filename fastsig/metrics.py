@@ -149,7 +149,9 @@ FAMILIES: Final = (
     Family(
         "handshakes_total", "counter",
         "What became of requests for a WebSocket: accepted, passed to the worker that owns their ?room=, timeout (the"
-        " request was not whole in time), gone (the client left before), else the error that they were refused with.",
+        " request was not whole in time), gone (the client left before), else the error that they were refused with;"
+        " browsers may read that on a WebSocket that is closed at once, which counts nowhere else. What a limit closed"
+        " unread is in limit_hits_total alone.",
         *_each(("result", HANDSHAKES)),
     ),
     Family(

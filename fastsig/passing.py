@@ -44,7 +44,7 @@ class Passing:
         self._ceiling = descriptor_limits()[1]
         self._offers: dict[int, tuple[Neighbour, Handshake, asyncio.TimerHandle]] = {}
         self._silent: dict[Neighbour, int] = {}  # offers that it has left unanswered
-        self._offered: dict[tuple[Neighbour, int], tuple[int, bytes]] = {}
+        self._offered: dict[tuple[Neighbour, int], tuple[int, Offer]] = {}
         door.pass_on = self.offer
         hub.handle(Offer, self._on_offer)
         hub.handle(Accept, self._on_accept)
@@ -68,7 +68,7 @@ class Passing:
         if owner in self._silent or len(self._offers) >= OFFERS:
             return False
         number = next(self._numbers)
-        if not owner.say_now(encode(Offer(number, received)), (handshake.fileno(),)):
+        if not owner.say_now(encode(Offer(number, received, handshake.address)), (handshake.fileno(),)):
             return False
         self._offers[number] = (owner, handshake, self._loop.call_later(ANSWER_S, self._on_silence, number))
         return True
@@ -114,12 +114,12 @@ class Passing:
         has_room = bool(self.arrived) and self.arrived[0] < self._ceiling and len(self._offered) < OFFERED
         is_willing = has_room and self._door.is_ready
         if is_willing:
-            self._offered[neighbour, word.request] = (self.arrived.pop(), word.data)
+            self._offered[neighbour, word.request] = (self.arrived.pop(), word)
         neighbour.say(encode(Accept(word.request, is_willing)))
 
     def _on_confirm(self, neighbour: Neighbour, word: Confirm) -> None:
-        fd, received = self._offered.pop((neighbour, word.request))
+        fd, offer = self._offered.pop((neighbour, word.request))
         if word.is_yours:
-            self._door.serve(fd, received, is_passed=True, trace=word.trace)
+            self._door.take_over(fd, offer.data, offer.address, trace=word.trace)
         else:
             os.close(fd)

@@ -56,6 +56,7 @@ from .control import (
     ToSupervisor,
     Unlinked,
 )
+from .entrance import Entrance
 from .errors import CloseCode, ConfigError, ExitCode, InvariantError
 from .fetch import Fetcher
 from .hub import Hub
@@ -160,7 +161,10 @@ class Worker:
         self.hub = Hub(self.relay, limits, place=place, auth=boot.config.auth)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
-        self.door = Door(self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path)
+        self._entrance = Entrance(self.relay, boot.config)
+        self.door = Door(
+            self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path, entrance=self._entrance
+        )
         self._fetcher = Fetcher()
         self._key_sets = KeySets(self._fetcher.get, self._on_keys)
         self._asker = Asker(self._fetcher.post, self.relay.count, self.relay.observe, group=address_key)
@@ -191,7 +195,7 @@ class Worker:
         for fd in self._boot.listeners:
             listener = socket.socket(fileno=fd)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
-            acceptor = Acceptor(self._loop, listener, self.door.serve, is_shared=self._boot.shares_listeners)
+            acceptor = Acceptor(self._loop, listener, self.door.welcome, is_shared=self._boot.shares_listeners)
             self._acceptors[listener] = acceptor
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
@@ -344,6 +348,7 @@ class Worker:
         if self._credentials is not None:
             self._credentials.configure(config.server)
             self.relay.set(_EXPIRES, self._credentials.certificate.expires_at)
+        self.door.configure(config)
         if self._tracer is not None:
             self._tracer.configure(config)
 
@@ -396,6 +401,7 @@ class Worker:
         self.relay.tick(now)
         self.hub.tick(now)
         self._refresh_keys()
+        self._entrance.tick(now)
         self._calls.take(self.relay.take_seen())
         for room in self._calls.end(now):
             self.relay.end_watch(room)
@@ -489,6 +495,7 @@ class Worker:
     async def _close_all(self, stop: Stop) -> None:
         for acceptor in self._acceptors.values():
             acceptor.close()
+        self._entrance.close()
         self._shut_the_door()
         self.hub.rooms.is_ending = True
         for connection in self._leaving:

@@ -20,7 +20,7 @@ LAYERS = (
     ("ports", "store bus bus_messages"),
     ("domain", "admission rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats fetch asker"),
-    ("edge", "tls connection passing exposition ops"),
+    ("edge", "tls entrance connection passing exposition ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
     ("process", "control systemd status worker cpus fleet listeners handover processes overview supervisor"),
     ("outside", "client tokens cli"),

@@ -2,9 +2,9 @@
 
 No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
 
-A server has one worker, and no operations port, unless the test says otherwise. A module whose `WORKERS` is EVERY_COUNT
-has its tests that take `server` run with each of these numbers of workers; with TLS among them, also with two that
-speak TLS: `Server.dial` and `Server.trust` are for clients that are to work with both.
+A server has one worker, no operations port, and no limits per address, unless the test says otherwise. A module whose
+`WORKERS` is EVERY_COUNT has its tests that take `server` run with each of these numbers of workers; with TLS among
+them, also with two that speak TLS: `Server.dial` and `Server.trust` are for clients that are to work with both.
 
 FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
 """
@@ -38,6 +38,10 @@ TLS = "TLS"
 EVERY_COUNT = (1, 2, 4)  # of workers: alone, the least that share rooms, more than the machine may have cores
 PYTHON = os.environ.get("FASTSIG_PYTHON", sys.executable)
 NODE = Path(__file__).parent / "node"
+ONE_ADDRESS = {  # all clients of the tests have it
+    "FASTSIG_LIMITS_CONNECTIONS_PER_ADDRESS": "0",
+    "FASTSIG_LIMITS_CONNECTS_PER_S_PER_ADDRESS": "0",
+}
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:
@@ -124,6 +128,7 @@ class Server:
         self.process = subprocess.Popen(
             [*prefix, PYTHON, "-m", "fastsig", "serve", *args],
             env=clean
+            | ONE_ADDRESS
             | {
                 "FASTSIG_SERVER_PORT": "0",
                 "FASTSIG_SERVER_WORKERS": "1",

@@ -17,8 +17,9 @@ from fastsig.admission import RATES
 from fastsig.auth import Verifier
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
-from fastsig.config import Auth, Limits
+from fastsig.config import Auth, Config, Limits, Server
 from fastsig.connection import Discard, Door, Handshake, new_websocket
+from fastsig.entrance import Entrance
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
 from fastsig.webhook import Decision, Question
@@ -27,6 +28,7 @@ HEAD = (
     "GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
+OFF = (*RATES, "joins_per_s", "connections_per_address", "connects_per_s_per_address")  # unless they are given
 UNIX = 1e9 - 1000  # from the clock of a host to unix time
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 MASK = b"\x37\xfa\x21\x3d"
@@ -175,11 +177,11 @@ class Host:
 
     def __init__(self, *, ping_s: float = 25.0, handshake_s: float = 10.0, first_message_s: float = 60.0,
                  output_bytes: int = 1 << 20, place: Place = Place(), auth: Auth = Auth(),  # noqa: B008
-                 **limits: Any) -> None:  # fmt: skip
+                 server: Server = Server(), **limits: Any) -> None:  # fmt: skip  # noqa: B008
         self.now = 1000.0
         self.place = place
         self.soon: deque[Callable[[], None]] = deque()
-        self.limits = Limits(**dict.fromkeys(RATES, 0) | {"joins_per_s": 0} | limits)
+        self.limits = Limits(**dict.fromkeys(OFF, 0) | limits)
         self.slab = bytearray(metrics.SLAB_BYTES)
         self.relay = Relay(
             call_soon=self.soon.append, clock=lambda: self.now, counters=self.slab,
@@ -196,7 +198,8 @@ class Host:
         self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
-        self.door = Door(self.relay, path="/ws", echo_path="/echo")
+        entrance = Entrance(self.relay, Config(server=server, limits=self.limits), clock=lambda: self.now)
+        self.door = Door(self.relay, path="/ws", echo_path="/echo", entrance=entrance)
 
     def _make_id(self) -> str:
         self.made_ids += 1
@@ -267,9 +270,7 @@ class Host:
 
     def accept(self, *, peername: object = None) -> "Client":
         """A TCP connection, nothing sent yet."""
-        client = Client(self)
-        client.transport.peername = peername
-        return client
+        return Client(self, peername)
 
     def connect(self, target: str = "/ws", *, peername: object = None) -> "Client":
         """A WebSocket, nothing sent yet."""
@@ -291,10 +292,11 @@ class Host:
 class Client:
     """The far end of a connection."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, peername: object = None) -> None:
         self.host = host
-        protocol = Handshake(host.door, pass_on=host.door.pass_on)
+        protocol = Handshake(host.door, guest=host.door.entrance.meet(peername), pass_on=host.door.pass_on)
         self.transport = Transport(host, protocol)
+        self.transport.peername = peername
         protocol.connection_made(self.transport)  # type: ignore[arg-type]  # stands in for an asyncio transport
 
     def feed(self, data: bytes) -> None:

@@ -271,10 +271,41 @@ def test_toml_that_is_not_understood_is_refused_by_name(tree: dict[str, Any], sa
             {"server_trusted_proxies": ("10.0.0.1/8",)},
             'server.trusted_proxies = ["10.0.0.1/8"]: "10.0.0.1/8" is no address or network',
         ),
+        ({"server_proxy_protocol": True}, "server.proxy_protocol = true: set server.trusted_proxies"),
+        (
+            {"server_origins": ("null", "app.example.org")},
+            'server.origins = ["null", "app.example.org"]: "app.example.org" is none: expected https://',
+        ),
     ],
 )
 def test_value_out_of_place_is_refused_by_name_value_and_cure(values: dict[str, Any], says: str) -> None:
     assert refusal(**values).startswith(says)
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "https://a.example", "HTTPS://A.Example:8443", "https://*.example.org", "http://localhost:3000", "http://[::1]:80",
+        "capacitor://localhost", "chrome-extension://abcdef", "app://x", "null", "*", "https://192.0.2.1",
+        "https://xn--bcher-kva.example", "https://a_b.example",
+    ],
+)  # fmt: skip
+def test_origin_may_be_listed(origin: str) -> None:
+    checked(server_origins=(origin,))
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "", "a.example", "https://", "https:// a", "https://a.example/", "https://a.example/x", "https://a.example?",
+        "https://a.example#", "//a.example", "https:a.example", "https://u@a.example", "https://a.example:",
+        "https://a.example:65536", "https://a.example:http", "https://*", "https://*example.org", "https://a.*.org",
+        "https://*.*.org", "*.example.org", "https://a..example", "https://bücher.example", "https://a.example,https://b",
+        "https://[::1", "https://::1", "https://a.example\n", "NULL", "**",
+    ],
+)  # fmt: skip
+def test_origin_that_is_none_may_not_be_listed(origin: str) -> None:
+    assert "is none: expected https://app.example.org" in refusal(server_origins=(origin,))
 
 
 def test_operations_port_without_a_token_is_for_loopback() -> None:
@@ -386,6 +417,8 @@ def _other(option: Option) -> Any:
     """A usable value that is not the default."""
     if option.key in {"auth.jwks_url", "auth.webhook_url"}:
         return "https://auth.example.com"
+    if option.key == "server.origins":
+        return ("https://a.example",)
     if option.choices:
         return option.choices[:1] if option.is_list else next(word for word in option.choices if word != option.default)
     known: dict[Any, Any] = {bool: not option.default, str: "/x", tuple[str, ...]: ("::1",)}
