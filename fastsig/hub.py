@@ -251,10 +251,6 @@ class Hub:
         """A time has come that was set for it."""
         self.admission.alarm(connection)
 
-    def enter(self, connection: Connection, grant: Grant) -> None:
-        """It was shown with the handshake of this connection, which is open now."""
-        self.admission.adopt(connection, grant)
-
     def refuse(self, connection: Connection, code: str, room: str | None, id: str | None,
                recipients: list[str] | None, after_ms: int | None = None) -> None:  # fmt: skip
         """One `error`; the counted kind ends a connection that insists (4509)."""

@@ -174,6 +174,7 @@ class Worker:
         self._refreshes: set[asyncio.Task[None]] = set()
         self._credentials = tls.Credentials(boot.config.server) if boot.config.server.tls_cert else None
         self.door.credentials = self._credentials
+        self.door.admission = self.hub.admission
         self._passing = Passing(loop, self.relay, self.hub, self.door)
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer

@@ -200,6 +200,7 @@ class Host:
         self.relay.bind(self.hub, self.edge)
         entrance = Entrance(self.relay, Config(server=server, limits=self.limits), clock=lambda: self.now)
         self.door = Door(self.relay, path="/ws", echo_path="/echo", entrance=entrance)
+        self.door.admission = self.hub.admission
 
     def _make_id(self) -> str:
         self.made_ids += 1

@@ -469,3 +469,91 @@ async def test_webhook_that_never_answers_is_given_up(host: Host) -> None:
     host.advance(5.25)
     assert kinds(heard(alice)) == ["backend_unavailable"]
     assert asked[0][2].is_cancelled
+
+
+# ---- with the handshake
+
+
+def request(*headers: str, query: str = "") -> bytes:
+    lines = [
+        f"GET /ws{query} HTTP/1.1", "Host: localhost", "Upgrade: websocket", "Connection: Upgrade",
+        "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", *headers,
+    ]  # fmt: skip
+    return ("\r\n".join(lines) + "\r\n\r\n").encode()
+
+
+def knock(host: Host, *headers: str, query: str = "") -> tuple[Client, bytes, list[dict[str, Any]]]:
+    """The head of the answer, and the messages behind it or the error in its body."""
+    client = host.accept()
+    client.feed(request(*headers, query=query))
+    head, _, rest = client.take_bytes().partition(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 101"):
+        return client, head, [json.loads(rest)]
+    client.transport.sent += rest
+    return client, head, heard(client)
+
+
+PLACES = {
+    "subprotocol": lambda token: ([f"Sec-WebSocket-Protocol: fastsig.v1.json, bearer.{token}"], ""),
+    "authorization": lambda token: ([f"Authorization: Bearer {token}"], ""),
+    "query": lambda token: ([], f"?token={token}"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+async def test_token_may_come_with_the_handshake(strict: Host, place: str) -> None:
+    headers, query = PLACES[place](mint())
+    client, head, _ = knock(strict, *headers, query=query)
+    assert b"bearer" not in head
+    client.say(type="join", room="r")
+    assert client.take()[0]["sender"] == "alice"
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("life_s", "code", "close"), [(60, "unauthorized", 4500), (-1, "token_expired", 4004)])
+async def test_bad_token_of_a_handshake_is_refused_and_browsers_are_told(
+    strict: Host, place: str, life_s: float, code: str, close: int
+) -> None:
+    token = mint(life_s=life_s, secret="x" * 32 if life_s > 0 else SECRET)
+    headers, query = PLACES[place](token)
+    client, head, (error,) = knock(strict, *headers, query=query)
+    assert head.startswith(b"HTTP/1.1 401 ")
+    assert b'WWW-Authenticate: Bearer error="invalid_token"' in head
+    assert error["code"] == code
+    client, head, messages = knock(strict, *headers, "Origin: https://app.example.org", query=query)
+    assert head.startswith(b"HTTP/1.1 101 ")
+    assert kinds(messages) == [code, close]
+    assert client.is_shut()
+    counted = strict.counted()
+    assert counted[f'handshakes_total{{result="{code}"}}'] == 2
+    assert "connections" not in counted
+
+
+async def test_of_several_tokens_the_one_to_be_preferred_counts(strict: Host) -> None:
+    alice, bob, carol, dave = (mint(name) for name in ("alice", "bob", "carol", "dave"))
+    offered = f"Sec-WebSocket-Protocol: fastsig.v1.json, bearer.{bob}"
+    client, _, _ = knock(strict, offered, f"Authorization: Bearer {carol}", query=f"?token={dave}")
+    client.say(type="hello", payload={"token": bob})
+    assert client.take()[0]["sender"] == "bob"
+    client, _, _ = knock(strict, f"Authorization: Bearer {carol}", query=f"?token={dave}")
+    client.say(type="join", room="r", payload={"token": alice})
+    assert client.take_error() == "identity_mismatch"
+    client.say(type="join", room="r")
+    assert client.take()[0]["sender"] == "carol"
+
+
+@pytest.mark.parametrize("headers", [["Authorization: Basic YTpi"], ["Authorization: bearer"], []])
+async def test_request_without_a_token_defers_to_the_join(strict: Host, headers: list[str]) -> None:
+    client, head, _ = knock(strict, *headers)
+    if headers == ["Authorization: bearer"]:
+        assert head.startswith(b"HTTP/1.1 401 "), "an empty token is present, and bad"
+        return
+    client.say(type="join", room="r")
+    assert client.take_error() == "unauthorized"
+
+
+async def test_end_of_a_handshakes_token_is_kept_too(strict: Host) -> None:
+    client, _, _ = knock(strict, f"Authorization: Bearer {mint(life_s=30)}")
+    client.say(type="hello")
+    strict.advance(0.5)
+    assert kinds(heard(client)) == ["welcome", "token-expiring"]
