@@ -493,7 +493,7 @@ def knock(host: Host, *headers: str, query: str = "") -> tuple[Client, bytes, li
     return client, head, heard(client)
 
 
-PLACES = {
+PLACES: dict[str, Callable[[str], tuple[list[str], str]]] = {
     "subprotocol": lambda token: ([f"Sec-WebSocket-Protocol: fastsig.v1.json, bearer.{token}"], ""),
     "authorization": lambda token: ([f"Authorization: Bearer {token}"], ""),
     "query": lambda token: ([], f"?token={token}"),
