@@ -633,6 +633,7 @@ async def test_published_keys_are_fetched_when_a_token_needs_them() -> None:
     assert issuers.asked == [A] and issuers.reports == [("fetched", A, "")]
     assert await why(verifier, sets, by("1", 1)) == "bad_signature"
     assert await why(verifier, sets, by("2", 0)) == "bad_algorithm"
+    assert await why(verifier, sets, by("1", 1), NOW + 31) == "bad_signature"
     assert issuers.asked == [A], "a kid that is known is not asked for again"
 
 
@@ -795,6 +796,7 @@ async def test_issuer_that_fails_keeps_its_old_keys(answer: bytes | Exception, r
     for later in range(310, 370):
         if stale := verifier.stale(NOW + later):
             await sets.refresh(stale[0], NOW + later)
+            assert verifier.stale(NOW + later + 9) == []
         assert (await checked(verifier, sets, by("1", exp=NOW + 999), NOW + later)).subject
     assert len(issuers.asked) == 2 + 6, "tried anew after ten seconds"
     assert await why(verifier, sets, by("2"), NOW + 400) == "unknown_key"
@@ -818,7 +820,7 @@ async def test_who_gives_up_waiting_ends_the_fetch_for_nobody() -> None:
     issuers = Issuers(a=page(("EC", 0, "1")))
     issuers.gate.clear()
     sets = issuers.key_sets()
-    first, second = (asyncio.create_task(sets.refresh(A, NOW)) for _ in range(2))
+    first, second = (asyncio.create_task(sets.refresh(A, NOW + later)) for later in (0, 60))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)
