@@ -309,11 +309,18 @@ def test_longest_token_is_good() -> None:
         forged(HEADER, b'{"sub":"a","exp":Infinity}'),
         forged(HEADER, b"{" * 3000),
         forged(HEADER, b'{"a":' * 1000 + b"1" + b"}" * 1000),
+        forged(b'{"alg":"HS256","x":' + b"[" * 64 + b"]" * 64 + b"}", claims()),
+        forged(HEADER, json.dumps(claims(x=0)).replace('"x": 0', f'"x": {"[" * 64}{"]" * 64}').encode()),
     ],
     ids=repr,
 )
 def test_what_is_no_token_is_malformed(text: str) -> None:
     assert reason(text) == "malformed"
+
+
+def test_what_is_not_looked_at_may_be_as_deep_as_a_message() -> None:
+    deep = json.dumps(claims(x=0)).replace('"x": 0', f'"x": {"[" * 63}{"]" * 63}').encode()
+    assert Verifier(OURS).check(forged(b'{"alg":"HS256","x":' + b"[" * 63 + b"]" * 63 + b"}", deep), NOW).subject
 
 
 def test_spelling_of_base64_is_one() -> None:
