@@ -31,6 +31,7 @@ from .keys import KeySet, ReadFile, read_file, read_items, read_set
 TOKEN_BYTES: Final = 8192
 LEEWAY_S: Final = 10.0  # for the clocks of issuers that are ahead of ours: nbf, iat. None for exp
 NAME_BYTES: Final = 128  # PROTOCOL §3
+TOKEN_DEPTH: Final = 64  # of header and claims; the interpreter's own limit is another in each version
 META_DEPTH: Final = 59  # in a roster it begins at depth 5 of a message, which has 64 (PROTOCOL §3.6)
 TRIES: Final = 8  # keys that one token may be tried with; more than one only where it names none
 FETCH_S: Final = 5.0
@@ -368,11 +369,12 @@ def _decode(part: bytes) -> bytes:
 
 
 def _json(text: bytes) -> bytes:
-    """The same text, which is UTF-8 and JSON without a name that stands twice in an object. Raises ValueError.
+    """The same text, which is UTF-8 and JSON, not too deep, no name twice in an object. Raises ValueError.
 
     Two parsers may disagree about which of the two holds; somebody may have shown one of them to another parser.
     """
-    json.loads(text.decode(), object_pairs_hook=_refuse_twins)
+    if _is_deep(json.loads(text.decode(), object_pairs_hook=_refuse_twins), TOKEN_DEPTH):
+        raise ValueError("too deep")
     return text
 
 
@@ -430,14 +432,15 @@ def _to_meta(text: bytes) -> bytes | None:
         value = msgspec.json.decode(text)  # knows no lone surrogates and no 1e999, which json lets pass
     except (msgspec.DecodeError, RecursionError):
         raise TokenError("bad_claim", "fastsig.meta is no JSON that every client can read") from None
-    if _is_deep(value):
+    if _is_deep(value, META_DEPTH):
         raise TokenError("bad_claim", f"fastsig.meta is deeper than {META_DEPTH}")
     return text
 
 
-def _is_deep(value: object) -> bool:
+def _is_deep(value: object, most: int) -> bool:
+    """Whether arrays and objects are nested more than `most` times."""
     level = [value]
-    for _ in range(META_DEPTH + 1):
+    for _ in range(most + 1):
         within = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
         if not within:
             return False

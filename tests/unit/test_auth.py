@@ -309,11 +309,18 @@ def test_longest_token_is_good() -> None:
         forged(HEADER, b'{"sub":"a","exp":Infinity}'),
         forged(HEADER, b"{" * 3000),
         forged(HEADER, b'{"a":' * 1000 + b"1" + b"}" * 1000),
+        forged(b'{"alg":"HS256","x":' + b"[" * 64 + b"]" * 64 + b"}", claims()),
+        forged(HEADER, json.dumps(claims(x=0)).replace('"x": 0', f'"x": {"[" * 64}{"]" * 64}').encode()),
     ],
     ids=repr,
 )
 def test_what_is_no_token_is_malformed(text: str) -> None:
     assert reason(text) == "malformed"
+
+
+def test_what_is_not_looked_at_may_be_as_deep_as_a_message() -> None:
+    deep = json.dumps(claims(x=0)).replace('"x": 0', f'"x": {"[" * 63}{"]" * 63}').encode()
+    assert Verifier(OURS).check(forged(b'{"alg":"HS256","x":' + b"[" * 63 + b"]" * 63 + b"}", deep), NOW).subject
 
 
 def test_spelling_of_base64_is_one() -> None:
@@ -633,6 +640,7 @@ async def test_published_keys_are_fetched_when_a_token_needs_them() -> None:
     assert issuers.asked == [A] and issuers.reports == [("fetched", A, "")]
     assert await why(verifier, sets, by("1", 1)) == "bad_signature"
     assert await why(verifier, sets, by("2", 0)) == "bad_algorithm"
+    assert await why(verifier, sets, by("1", 1), NOW + 31) == "bad_signature"
     assert issuers.asked == [A], "a kid that is known is not asked for again"
 
 
@@ -795,6 +803,7 @@ async def test_issuer_that_fails_keeps_its_old_keys(answer: bytes | Exception, r
     for later in range(310, 370):
         if stale := verifier.stale(NOW + later):
             await sets.refresh(stale[0], NOW + later)
+            assert verifier.stale(NOW + later + 9) == []
         assert (await checked(verifier, sets, by("1", exp=NOW + 999), NOW + later)).subject
     assert len(issuers.asked) == 2 + 6, "tried anew after ten seconds"
     assert await why(verifier, sets, by("2"), NOW + 400) == "unknown_key"
@@ -818,7 +827,7 @@ async def test_who_gives_up_waiting_ends_the_fetch_for_nobody() -> None:
     issuers = Issuers(a=page(("EC", 0, "1")))
     issuers.gate.clear()
     sets = issuers.key_sets()
-    first, second = (asyncio.create_task(sets.refresh(A, NOW)) for _ in range(2))
+    first, second = (asyncio.create_task(sets.refresh(A, NOW + later)) for later in (0, 60))
     await asyncio.sleep(0)
     first.cancel()
     await asyncio.sleep(0)

@@ -1,6 +1,7 @@
 """What `auth.keys` may be, what is refused and how that is said; and JWK sets as issuers publish them."""
 
 import datetime as dt
+import hmac
 import json
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,14 @@ def keys_to_private_jwk() -> str:
     import jwt  # noqa: PLC0415 # only here
 
     return str(jwt.algorithms.OKPAlgorithm.to_jwk(private_key("OKP")))
+
+
+def test_key_itself_refuses_the_algorithm_of_another_kind() -> None:
+    (key,) = read(f"secret:{SECRET[:32]}").find(None)
+    for algorithm, size in (("HS256", 32), ("HS384", 48)):
+        signature = hmac.digest(SECRET[:32].encode(), b"text", f"sha{size * 8}")
+        assert key.has_signed(algorithm, b"text", signature) is (algorithm == "HS256")
+    assert not key.has_signed("none", b"text", b"")
 
 
 def test_nobody_sees_a_secret_by_looking() -> None:
