@@ -5,7 +5,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,9 +26,19 @@ PROXIES = Server(trusted_proxies=("10.0.0.0/8", "::1/128"))
 PATHS = ("/health/live", "/health/ready", "/livez", "/readyz")
 
 
+_asked: list[Client] = []  # nothing else holds them: they would vanish at the whim of the garbage collector
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    _asked.clear()
+
+
 def ask(host: Host, peername: object = HERE, *headers: str, head: str = WS) -> tuple[int, dict[str, Any], str, Client]:
     """The status of the answer, its JSON if that is what it is, and its head."""
     client = host.accept(peername=peername)
+    _asked.append(client)
     client.feed(head.replace("\r\n\r\n", "".join(f"\r\n{line}" for line in headers) + "\r\n\r\n").encode())
     answer, _, body = client.take_bytes().partition(b"\r\n\r\n")
     text = answer.decode()
