@@ -120,10 +120,11 @@ async def test_place_of_a_connection_is_free_again_once(end: str) -> None:
 
 async def test_place_is_taken_from_the_acceptance_on_and_free_after_a_handshake_that_fails() -> None:
     host = Host(connections_per_address=2)
-    host.accept(peername=HERE)
+    half_open = host.accept(peername=HERE)
     assert ask(host, head="GET /nothing HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 404
     assert statuses(host, 1) == [503]
-    host.advance(15)  # the half-open one is ended, and the refused
+    host.advance(15)
+    assert half_open.is_gone()
     assert host.door.entrance.addresses.connections == 0
 
 
