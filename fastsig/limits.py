@@ -47,7 +47,7 @@ class Bucket:
         """0.0: it passed. Else nothing was taken, and the level is positive again in so many seconds."""
         if not self.rate:
             return 0.0
-        self.level = _filled(self.level, self.rate, self.burst, now - self.at)
+        self.level = min(self.burst, self.level + self.rate * max(now - self.at, 0.0))
         self.at = now
         if self.level > 0.0:
             self.level -= amount
@@ -59,10 +59,6 @@ class Bucket:
         self.level = min(self.level, burst) if self.rate else burst
         self.rate = rate
         self.burst = burst
-
-
-def _filled(level: float, rate: float, burst: float, seconds: float) -> float:
-    return min(burst, level + rate * max(seconds, 0.0))
 
 
 def address_key(text: str) -> str:
@@ -96,13 +92,15 @@ class Refusal(NamedTuple):
 
 
 class _Entry:
-    """One address: its two buckets, of connections and of refusals that are answered, as of `at`."""
+    """One address: what it took of its two buckets, for connections and for refusals that are answered, as of `at`.
 
-    __slots__ = ("answers", "at", "connections", "level")
+    What it took, not what is left: so one that has taken nothing needs no visit when the limits change.
+    """
 
-    def __init__(self, level: float, answers: float, now: float) -> None:
-        self.level = level
-        self.answers = answers
+    __slots__ = ("answered", "at", "connected", "connections")
+
+    def __init__(self, now: float) -> None:
+        self.connected = self.answered = 0.0
         self.at = now
         self.connections = 0
 
@@ -153,12 +151,14 @@ class Addresses:
         """Somebody at this address has connected: is that too often? The worker's rate pays only for who may."""
         if key and self._rate:
             entry = self._touch(key, now)
-            if entry.level <= 0.0:
-                refusal = self._refuse(entry, key, "connects_per_s_per_address", "rate_limited", self._wait(entry))
+            debt = entry.connected - self._rate * BURST_S
+            if debt < 0.0:
+                entry.connected += 1.0
+            else:
+                after_s = debt / self._rate + _GRAIN_S
+                refusal = self._refuse(entry, key, "connects_per_s_per_address", "rate_limited", after_s)
                 if refusal is not None:
                     return refusal
-            else:
-                entry.level -= 1.0
         wait_s = self._all.take(now)
         return self._refuse_all(key, "connects_per_s", wait_s, now) if wait_s else None
 
@@ -207,13 +207,13 @@ class Addresses:
         if entry is None:
             entry = self._idle.get(key)
             if entry is None:
-                entry = self._idle[key] = _Entry(self._rate * BURST_S, self._answer_rate * BURST_S, now)
+                entry = self._idle[key] = _Entry(now)
                 self._make_room()
                 return entry
             self._idle.move_to_end(key)
-        seconds = now - entry.at
-        entry.level = _filled(entry.level, self._rate, self._rate * BURST_S, seconds)
-        entry.answers = _filled(entry.answers, self._answer_rate, self._answer_rate * BURST_S, seconds)
+        seconds = max(now - entry.at, 0.0)
+        entry.connected = _drained(entry.connected, self._rate, seconds)
+        entry.answered = _drained(entry.answered, self._answer_rate, seconds)
         entry.at = now
         return entry
 
@@ -221,16 +221,13 @@ class Addresses:
         while len(self._idle) > max(ADDRESSES - len(self._live), ADDRESSES // 16):
             self._idle.popitem(last=False)
 
-    def _wait(self, entry: _Entry) -> float:
-        return _GRAIN_S - entry.level / self._rate
-
     def _refuse(self, entry: _Entry, key: str, limit: str, code: str, after_s: float) -> Refusal | None:
         self._hit(limit, key, not self._is_dry)
         if self._is_dry:
             return None
-        is_deep = entry.answers <= 0.0
+        is_deep = entry.answered >= self._answer_rate * BURST_S
         if not is_deep:
-            entry.answers -= 1.0
+            entry.answered += 1.0
         return Refusal(limit, code, after_s, is_deep)
 
     def _refuse_all(self, key: str, limit: str, after_s: float, now: float) -> Refusal | None:
@@ -238,6 +235,11 @@ class Addresses:
         if self._is_dry:
             return None
         return Refusal(limit, "limit_exceeded", after_s, self._answers.take(now) > 0.0)
+
+
+def _drained(taken: float, rate: float, seconds: float) -> float:
+    """What of it still counts. The burst may have shrunk: what is above the new one does not."""
+    return max(min(taken, rate * BURST_S + 1.0) - rate * seconds, 0.0)
 
 
 class Complaints:

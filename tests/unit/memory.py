@@ -91,6 +91,12 @@ class Transport:
     def set_protocol(self, protocol: Any) -> None:
         self.protocol = protocol
 
+    def pause_reading(self) -> None:
+        self.is_paused = True
+
+    def resume_reading(self) -> None:
+        self.is_paused = False
+
     def send(self, data: bytes) -> int:
         assert not self.is_shut and not self.is_gone, "nothing may be written behind the end"
         if self.accepts is None:

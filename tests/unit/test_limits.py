@@ -253,6 +253,12 @@ def test_new_values_hold_from_the_next_connection_on() -> None:
     assert table.open(A, 1.0) is not None, "those that are open stay, no more come"
     table.configure(Limits(**OFF))  # type: ignore[arg-type]
     assert not table.connect_many(A, 1000, 1.02)
+    table.configure(Limits(connects_per_s_per_address=1))
+    assert len(table.connect_many(B, 6, 1.02)) == 1, "who has taken nothing has the whole burst"
+    table.configure(Limits(connects_per_s_per_address=100))
+    assert not table.connect_many("192.0.2.3", 500, 1.02)
+    table.configure(Limits(connects_per_s_per_address=1))
+    assert len(table.connect_many("192.0.2.3", 3, 3.02)) == 2, "no more is owed than a burst"
 
 
 def test_address_that_is_not_seen_for_long_is_forgotten_and_one_with_connections_is_not() -> None:

@@ -377,7 +377,6 @@ async def test_connection_that_nobody_took_is_served_in_the_trace_of_the_asking(
 
     traced.host.door.pass_on = pass_on
     client = traced.host.accept()
-    client.transport.pause_reading = client.transport.resume_reading = lambda: None  # type: ignore[attr-defined]
     client.feed(HEAD.format(target="/ws?room=r").replace("\r\n\r\n", f"\r\ntraceparent: {RECORDED}\r\n\r\n").encode())
     (handshake,) = handed
     handshake.trace_pass("silent")
