@@ -321,7 +321,7 @@ async def test_handshake_of_tls_that_the_kernel_takes_piece_by_piece_is_whole(tm
     """A chain of certificates that is longer than what the socket holds, for a client that begins to read late."""
     authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
     node = Node(_long_chain(authority, tmp_path), trusting(authority), send_bytes=4096)
-    node.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    node.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
     starting = asyncio.create_task(node.wire.start(reads_after_s=0.2))
     refused = 0
     while not starting.done():
