@@ -227,6 +227,13 @@ def test_check_lists_unknown_variables_and_fails_when_strict(
     assert cli.main(["config", "check", "--strict"]) == 1
 
 
+def test_check_reads_the_files_of_tls(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = ["--server.tls-cert", str(tmp_path / "chain.pem"), "--server.tls-key", str(tmp_path / "key.pem")]
+    assert cli.main(["config", "check", *files]) == 2
+    complaint = f"server.tls_cert = {tmp_path / 'chain.pem'}: it cannot be read: No such file or directory"
+    assert capsys.readouterr().err == f"fastsig: {complaint}\n"
+
+
 def test_print_shows_values_as_toml_with_their_sources(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -306,7 +313,7 @@ def test_health_fails_in_one_line(
     assert capsys.readouterr().err == f"fastsig: {says}\n"
 
 
-@pytest.mark.parametrize("url", ["https://a", "localhost:8080", "http://[::1", "http://a:x"])
+@pytest.mark.parametrize("url", ["ftp://a", "localhost:8080", "http://[::1", "http://a:x"])
 def test_health_refuses_what_it_cannot_ask(url: str) -> None:
     with pytest.raises(ConfigError, match="--url: expected http://host:port"):
         cli.health(url=url)

@@ -42,7 +42,7 @@ class Wire:
     def __init__(self, end: socket.socket) -> None:
         self.end = end
 
-    async def start(self) -> None:
+    async def start(self, reads_after_s: float = 0) -> None:
         """From here on bytes are what the server's connection says and hears."""
 
     def put(self, data: bytes) -> None:
@@ -66,12 +66,14 @@ class TlsWire(Wire):
         self.object = context.wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
         self.has_ended_well = False  # close_notify came
 
-    async def start(self) -> None:
+    async def start(self, reads_after_s: float = 0) -> None:
         while True:
             try:
                 self.object.do_handshake()
             except ssl.SSLWantReadError:
                 await super().send(self._outgoing.read())
+                await asyncio.sleep(reads_after_s)
+                reads_after_s = 0
                 self._incoming.write(await super().receive())
             else:
                 await super().send(self._outgoing.read())
@@ -105,7 +107,9 @@ class TlsWire(Wire):
 class Node:
     """A worker's edge and relay, and one connection to its echo."""
 
-    def __init__(self, credentials: Credentials | None = None, trust: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self, credentials: Credentials | None = None, trust: ssl.SSLContext | None = None, send_bytes: int = 0
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.now = 1000.0
         limits = Limits()
@@ -120,6 +124,8 @@ class Node:
         self.door.credentials = credentials
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)  # more than one read takes
+            if send_bytes:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
             self.client = socket.create_connection(listener.getsockname())
             accepted, _ = listener.accept()
         self.client.setblocking(False)
@@ -302,3 +308,30 @@ async def test_bytes_that_wait_in_the_kernel_are_read_into_the_new_buffer(node: 
     node.wire.put(data)
     await node.expect(*((TEXT, text) for text in large + small))
     assert node.edge.renewals == 1
+
+
+def _long_chain(authority: trustme.CA, folder: Path) -> Credentials:
+    """More than the kernel takes of one who does not read: on loopback that is a whole segment, some 64 KiB."""
+    _, chain, _, key = certified(authority, folder)
+    Path(chain).write_bytes(Path(chain).read_bytes() + 190 * authority.cert_pem.bytes())
+    return Credentials(Server(tls_cert=chain, tls_key=key))
+
+
+async def test_handshake_of_tls_that_the_kernel_takes_piece_by_piece_is_whole(tmp_path: Path) -> None:
+    """A chain of certificates that is longer than what the socket holds, for a client that begins to read late."""
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    node = Node(_long_chain(authority, tmp_path), trusting(authority), send_bytes=4096)
+    node.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    starting = asyncio.create_task(node.wire.start(reads_after_s=0.2))
+    refused = 0
+    while not starting.done():
+        for connection in node.relay.all_connections():
+            refused = max(refused, len(connection.transport._unsent))
+        await asyncio.sleep(0.001)
+    assert refused, "the kernel took all of it"
+    await node.start()
+    await node.send(frame(TEXT, b"x" * 60_000))
+    await node.expect((TEXT, b"x" * 60_000))
+    node.client.close()
+    while node.relay.connections:  # noqa: ASYNC110 # the loop reads the end of it
+        await asyncio.sleep(0.001)

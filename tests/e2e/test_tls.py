@@ -212,6 +212,14 @@ def test_room_in_the_url_passes_nothing(shared: Server) -> None:
     assert _counted(shared)['handshakes_total{result="passed"}'] == 0
 
 
+def test_start_with_unusable_files_is_refused_in_one_line(options: tuple[str, ...], tmp_path: Path) -> None:
+    (tmp_path / "key.pem").unlink()
+    command = [PYTHON, "-m", "fastsig", "serve", "--port", "0", "--ops.port", "0", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
+    complaint = f"server.tls_key = {tmp_path / 'key.pem'}: it cannot be read: No such file or directory"
+    assert (done.returncode, done.stderr) == (2, f"fastsig: {complaint}\n")
+
+
 def test_health_asks_by_tls(shared: Server, tmp_path: Path) -> None:
     def run(*args: str) -> tuple[int, str]:
         command = [PYTHON, "-m", "fastsig", "health", *args]
@@ -270,6 +278,24 @@ def test_hangup_takes_the_new_certificate_and_keeps_what_it_has_of_a_bad_one(
 
 def _both_have(server: Server, serial: str) -> bool:
     return len([event for event in server.events("certificate_loaded") if event["serial"] == serial]) == 2
+
+
+def test_reload_that_names_unusable_files_or_ends_tls_changes_nothing(
+    serve: Serve, options: tuple[str, ...], trust: ssl.SSLContext, tmp_path: Path
+) -> None:
+    file = tmp_path / "fastsig.toml"
+    cert, key = options[1::2]
+    file.write_text(f'[server]\ntls_cert = "{cert}"\ntls_key = "{key}"\n', encoding="utf-8")
+    server = serve("--config", str(file), trust=trust)
+    serial = _serial(server)
+    file.write_text(f'[server]\ntls_cert = "{cert}"\ntls_key = "{cert}"\n[limits]\nrooms = 1\n', encoding="utf-8")
+    server.process.send_signal(signal.SIGHUP)
+    assert "server.tls_key" in server.wait_for("reload_refused")["reason"]
+    file.write_text("", encoding="utf-8")
+    server.process.send_signal(signal.SIGHUP)
+    assert server.wait_for("needs_restart")["options"] == ["server.tls_cert", "server.tls_key"]
+    assert server.wait_for("reloaded")["options"] == []
+    assert _serial(server) == serial
 
 
 async def test_certificates_change_under_load_and_nobody_is_lost(

@@ -413,6 +413,13 @@ def test_every_option_either_reloads_or_needs_a_restart() -> None:
         assert (found.changed, found.needs_restart) == keys
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+def test_tls_is_switched_on_and_off_by_a_restart_alone(is_on: bool) -> None:  # noqa: FBT001 # a parameter of the test
+    on = build({"server.tls_cert": "/c", "server.tls_key": "/k"})
+    found = config.reload(*(on, build({})) if is_on else (build({}), on))
+    assert (found.changed, found.needs_restart) == ([], ["server.tls_cert", "server.tls_key"])
+
+
 def _other(option: Option) -> Any:
     """A usable value that is not the default."""
     if option.key in {"auth.jwks_url", "auth.webhook_url"}:
