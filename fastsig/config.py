@@ -209,7 +209,7 @@ class Limits:
         20, "Bad messages within five seconds; one more closes with 4509.", most=10000, reloads=True, has_effect=True
     )
     dry_run: bool = _option(
-        False, "Count and log what limits of rate and of connections would refuse, and refuse nothing.", reloads=True, has_effect=True,
+        False, "Count and log what limits of rate and of connections would refuse, and refuse nothing.", reloads=True,
         has_effect=True,
     )  # fmt: skip
 
