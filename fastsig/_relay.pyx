@@ -158,6 +158,7 @@ cdef enum:
     CHUNK = 4096            # an output buffer starts as one of these, from the relay's pool
     POOLED_CHUNKS = 1024
     FLUSH_ABOVE = 65536     # a buffer longer than this does not wait for the end of the turn
+    SINK_BYTES = 8192       # of it at once, where something stands before the socket (`tls.SLICE`)
     FLUSHES_PER_TURN = 1024  # then other peers' input gets its chance
     OVERDRAFT = 33554432    # bytes of one worker above the limits for slow readers
     OVERDRAFT_EACH = 16777216  # of one connection
@@ -174,6 +175,11 @@ cdef enum:
     SMALL_INPUT = 8192      # ... once a ping period needed less than this
     PACKET_BYTES = 131072   # what a bus takes at once (`bus.PACKET_BYTES`)
     FRAME_BYTES = 65536     # a longer frame between workers goes in pieces
+    BURST_S = 4             # how many seconds' worth of bytes may come, or be caused, at once
+    ENVELOPE_BYTES = 512    # what a message has besides its payload, about: it is charged after it is refused
+    INSISTENCE = 100        # messages refused for their rate within INSIST_S; one more closes with 4005
+    TURN_DELIVERIES = 262144  # of broadcasts in one loop turn, 0.3 s of work: a room of 512 in which all speak to all ...
+    CROWD = 32              # ... and then, until the turn is over, nobody speaks to more than these at once
     LINK_BYTES = 16777216   # not with a neighbour yet (four messages if that is more): at half relays are refused
 
 cdef enum Frame:  # between workers: uint32 length of what follows, one byte of kind, then as the writer has it
@@ -190,6 +196,13 @@ cdef enum:
     NO_PAYLOAD = 0xffffffff
     RELAYED_HEAD = 20       # n, lengths of type, id and list of recipients, 0, length of the payload, number
 
+cdef enum Denial:  # what a token does not grant, or no longer
+    NO_RELAY = 1
+    NO_BROADCAST = 2
+    EXPIRED = 4
+
+cdef double OFF = 1e300      # of a limit; per second a little less, which times a second still is a number
+cdef double INSIST_S = 5.0
 cdef double OVER_S = 1.0     # see Connection._overdraw
 cdef double LINGER_S = 2.0   # PROTOCOL §3.5
 cdef double PROBE_S = 5.0    # PROTOCOL §3.2, the same id twice
@@ -235,7 +248,14 @@ cdef size_t REMOTE_MEMBERS = metrics.FIRST["remote_members"]
 cdef size_t BUS_SENT = metrics.FIRST["bus_sent_bytes_total"]
 cdef size_t BUS_RECEIVED = metrics.FIRST["bus_received_bytes_total"]
 cdef size_t LINKS_RESET = metrics.FIRST["links_reset_total"]
+cdef size_t LIMIT_HITS = metrics.FIRST["limit_hits_total"]
 cdef size_t WORDS = metrics.WORDS
+cdef enum:  # of `metrics.LIMITS`: those that are kept here
+    MESSAGES
+    BYTES
+    FANOUT
+    JOINS
+    TURN
 cdef object RELAY_SECONDS = metrics.histogram("relay_seconds")
 cdef object DURATION_SECONDS = metrics.histogram("connection_duration_seconds")
 cdef dict OF_RECEIVED = {name: place for place, name in enumerate(metrics.RECEIVED_TYPES)}
@@ -243,6 +263,8 @@ cdef list SENT_NAMES = [f'{name}"'.encode() for name in metrics.SENT_TYPES]
 cdef int SIZES = len(metrics.ROOM_SIZES)
 if metrics.RELAYED_TYPES != ("offer", "answer", "ice-candidate", "message", "x-*"):
     raise InvariantError("`relayed_type` has another order")
+if metrics.LIMITS[:TURN + 1] != ("messages_per_s", "bytes_per_s", "fanout_bytes_per_s", "joins_per_s", "turn"):
+    raise InvariantError("the limits have another order")
 if (RECEIVED, RECEIVED_TEXT, SENT, SENT_TEXT, RECEIVED_BYTES, SENT_BYTES) != tuple(map(metrics.FIRST.get, (
         "received_messages_total", "received_message_bytes_total", "sent_messages_total", "sent_message_bytes_total",
         "received_bytes_total", "sent_bytes_total"))) or (LOCAL, TO_OWNER, FOR_HOME) != tuple(
@@ -399,6 +421,8 @@ cdef class Member(Named):
     cdef readonly Neighbour home     # None: here
     cdef readonly uint64_t n         # PROTOCOL §3.2, "Who offers"
     cdef public bytes meta           # JSON text as the peer sent it
+    cdef public str proof            # the issuer of the token that its id comes from, None: nobody vouches for it
+    cdef public double read_at       # when its join was read (monotonic seconds of this machine), 0: not known
     cdef readonly uint64_t request   # of a guest: its home's number for the join, 0 for one that was announced
     cdef Py_ssize_t index            # in room.order
 
@@ -577,12 +601,41 @@ cdef object SOCKET = _Socket()
 
 # --------------------------------------------------------------------------------------------- connections
 
+@cython.no_gc
+cdef class Rates:
+    """What a connection may use per second, and at once: its own where its token says so, else its relay's."""
+
+    cdef double messages_per_s, message_burst, bytes_per_s, byte_burst, fanout_per_s, fanout_burst
+    cdef double byte_debt            # more bytes than were allowed, by this, end the connection
+
+    cdef int set(self, limits, size_t message_bytes) except -1:
+        """From `limits`: by name, 0 is off."""
+        self.messages_per_s, self.message_burst = rate(limits["messages_per_s"], limits["message_burst"])
+        self.bytes_per_s, self.byte_burst = rate(limits["bytes_per_s"], 0)
+        self.fanout_per_s, self.fanout_burst = rate(limits["fanout_bytes_per_s"], 0)
+        self.byte_debt = self.byte_burst + message_bytes
+        return 0
+
+
+cdef inline double carried(double left, double old_burst, double burst) noexcept:
+    """A level under another burst: what was used of the one is used of the other."""
+    return burst if old_burst >= OFF else left + burst - old_burst
+
+
+cdef dict NO_RATES = dict.fromkeys(("messages_per_s", "message_burst", "bytes_per_s", "fanout_bytes_per_s"), 0)
+
+
+cdef tuple rate(double per_s, double burst):
+    return (per_s, burst or BURST_S * per_s) if per_s else (OFF / 1e10, OFF)
+
+
 @cython.no_gc_clear  # the collector would take `relay` away before __dealloc__ leaves the wheel with its help
 cdef class Connection(WSListener):
     """One WebSocket, from its acceptance to its end.
 
-    `transport` is what the edge closes in the end. One without a socket of its own is written to by its
-    `send(bytes) -> int`, which says how many bytes it took and raises BlockingIOError for none. `context` is the hub's.
+    `transport` is what the edge closes in the end. Its socket is written to directly; one that has none, or TLS, is
+    written to by its `send(bytes) -> int`, which says how many bytes the kernel took and raises BlockingIOError for
+    none: then the next call begins with the same bytes. `context` is the hub's.
     """
 
     cdef readonly Relay relay
@@ -626,9 +679,16 @@ cdef class Connection(WSListener):
     cdef char *waiting                # messages, each behind its length: [waiting_from, waiting_to); NULL: none
     cdef size_t waiting_from, waiting_to, waiting_size
     cdef bint is_paused               # not read: more than WAITING_BYTES wait
+    # what it may use (`limits`): a message passes while each level is positive, and may take it below
+    cdef Rates rates
+    cdef double messages_left, bytes_left, fanout_left
+    cdef double refilled_at           # when the levels were what they are
+    cdef double insists_since
+    cdef uint32_t insisted            # messages refused for their rate since then
+    cdef public int denies            # of `Denial`
     # time (monotonic seconds)
     cdef double deadline              # when the wheel brings this connection up
-    cdef double ping_at, join_by, probe_by, probed_at
+    cdef double ping_at, join_by, probe_by, probed_at, alarm_at
     cdef uint32_t pings_unanswered
     cdef PyObject *before             # neighbours in a slot of the wheel (borrowed)
     cdef PyObject *after
@@ -639,10 +699,12 @@ cdef class Connection(WSListener):
         relay.serials += 1
         self.serial = relay.serials
         self.members = []
+        self.rates = relay.rates
+        self.address = ""
         self.fd = -1
         self.slot = -1
+        self.alarm_at = 1e300
         self.state = HANDSHAKE
-        self.address = ""
         self.probed_at = -1e9
 
     def __dealloc__(self):
@@ -657,10 +719,10 @@ cdef class Connection(WSListener):
         """The connection was accepted: from here to `lost` it is in the wheel."""
         socket = transport.get_extra_info("socket")
         self.transport = transport
-        if socket is None:
-            self.sink = transport
-        else:
+        if socket is not None:
             self.fd = socket.fileno()
+        if socket is None or transport.get_extra_info("sslcontext") is not None:
+            self.sink = transport
         self._arm(self.relay.clock() + self.relay.handshake_s)
 
     def open(self):
@@ -674,7 +736,29 @@ cdef class Connection(WSListener):
         self.ping_at = now + self.relay.ping_s if self.relay.ping_s else 1e300
         self.join_by = now + self.relay.first_message_s if self.relay.first_message_s else 1e300
         self.probe_by = 1e300
-        self._arm(min(self.ping_at, self.join_by))
+        self.refilled_at = self.relay.now = now
+        self.messages_left = self.rates.message_burst
+        self.bytes_left = self.rates.byte_burst
+        self.fanout_left = self.rates.fanout_burst
+        self._arm_next()
+
+    cdef int _arm_next(self) except -1:
+        return self._arm(min(min(self.ping_at, self.join_by), min(self.probe_by, self.alarm_at)))
+
+    def alarm(self, double at):
+        """Have the hub called at that time (monotonic seconds), once; the latest call holds. `inf`: not at all."""
+        self.alarm_at = at
+        if self.state == OPEN:
+            self._arm_next()
+
+    def allow(self, limits not None):
+        """Other rates than everybody's: the token's. By the names of `limits`, all of them."""
+        cdef Rates rates = Rates.__new__(Rates), old = self.rates
+        rates.set(limits, self.relay.message_bytes)
+        self.rates = rates
+        self.messages_left = carried(self.messages_left, old.message_burst, rates.message_burst)
+        self.bytes_left = carried(self.bytes_left, old.byte_burst, rates.byte_burst)
+        self.fanout_left = carried(self.fanout_left, old.fanout_burst, rates.fanout_burst)
 
     def settle(self):
         """A hello or join succeeded: the connection may stay."""
@@ -683,6 +767,7 @@ cdef class Connection(WSListener):
     def echo(self):
         """From now on every message goes back to where it came from, as it is."""
         self.diverted = ECHO
+        self.allow(NO_RATES)
         self.settle()
 
     def identify(self, str peer not None):
@@ -699,7 +784,7 @@ cdef class Connection(WSListener):
         self.probe_by = now + PROBE_S
         self.is_heard = False
         self._frame(WSMsgType.PING, NULL, 0)
-        self._arm(min(self.probe_by, self.ping_at, self.join_by))
+        self._arm_next()
 
     def lost(self):
         """The transport is gone (any way it went): tell the others, forget everything. May be called twice."""
@@ -1020,15 +1105,16 @@ cdef class Connection(WSListener):
         return 0
 
     cdef ssize_t _send(self, const char *p, size_t n) except? -2:
-        if self.fd >= 0:
-            return send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
         if self.sink is None:
-            return n  # the transport is gone: so is everything that was for it
+            # without a descriptor the transport is gone: so is everything that was for it
+            return n if self.fd < 0 else send(self.fd, p, n, MSG_NOSIGNAL | MSG_DONTWAIT)
         try:
-            return self.sink.send(p[:n])
+            return self.sink.send(p[:min(n, <size_t>SINK_BYTES)])
         except BlockingIOError:
             errno.errno = errno.EAGAIN
-            return -1
+        except OSError:
+            errno.errno = errno.EPIPE
+        return -1
 
     cdef int _refused(self) except -1:
         cdef size_t waiting = self.out_to - self.out_from
@@ -1063,7 +1149,9 @@ cdef class Connection(WSListener):
         self.relay.overdraft += over - self.overdraft
         self.overdraft = over
         if not over:
-            self.over_since = 0
+            if self.over_since:
+                self.over_since = 0
+                self.relay.overdrawn.discard(self)
         elif self.state == OPEN:
             if not self.over_since:
                 self.over_since = self.relay.clock()
@@ -1138,12 +1226,91 @@ cdef class Connection(WSListener):
             self._frame(WSMsgType.PING, NULL, 0)
             self.ping_at = now + self.relay.ping_s
             self._review_input()
-        return self._arm(min(self.ping_at, self.join_by, self.probe_by))
+        if now >= self.alarm_at:
+            self.alarm_at = 1e300
+            self.relay.on_alarm(self)
+        return self._arm_next() if self.state == OPEN else 0
 
     cdef bint _is_alive(self, double within_s) noexcept:
         """Any byte is life, also one of a frame that is not whole yet: those only the kernel has counted."""
         cdef long silent = fs_silent_ms(self.fd)
         return self.is_heard or 0 <= silent < 1000 * within_s
+
+    # ---- what it may use
+
+    cdef void _refill(self) noexcept:
+        """As of `relay.now`, which is a quarter of a second old at most: nobody reads a clock for a message."""
+        cdef Rates rates = self.rates
+        cdef double passed = self.relay.now - self.refilled_at
+        self.refilled_at = self.relay.now
+        self.messages_left = min(rates.message_burst, self.messages_left + passed * rates.messages_per_s)
+        self.bytes_left = min(rates.byte_burst, self.bytes_left + passed * rates.bytes_per_s)
+        self.fanout_left = min(rates.fanout_burst, self.fanout_left + passed * rates.fanout_per_s)
+
+    cdef inline bint _is_short(self) except -1:
+        """Has it said too much? Then the clock is read after all, before it is refused anything."""
+        if self.refilled_at != self.relay.now:
+            self._refill()
+        if self.messages_left > 0 and self.bytes_left > 0:
+            return False
+        self.relay.now = self.relay.clock()
+        self._refill()
+        return self.messages_left <= 0 or self.bytes_left <= 0
+
+    cdef bint _is_flooding(self) except -1:
+        """It sends on and on, whatever it hears, or what is answered by nothing: it is closed."""
+        self._is_short()
+        if self.bytes_left >= -self.rates.byte_debt:
+            return False
+        if not self.relay.hit(BYTES):
+            self.bytes_left = 0
+            return False
+        self.relay.on_closed_for_rate(self, metrics.LIMITS[BYTES])
+        self.fail(4005)
+        return True
+
+    cdef int _limited(self, size_t limit) except -1:
+        """Its message, in the relay's envelope, is refused for a rate. 1: it is not, this is a dry run."""
+        cdef double wait_s
+        if not self.relay.hit(limit):
+            self.bytes_left = max(self.bytes_left, 0)  # no debt is left when they are kept again
+            self.fanout_left = max(self.fanout_left, 0)
+            return 1
+        if limit == MESSAGES:
+            wait_s = (1 - self.messages_left) / self.rates.messages_per_s
+        elif limit == BYTES:
+            wait_s = (self.relay.envelope.payload.n + ENVELOPE_BYTES - self.bytes_left) / self.rates.bytes_per_s
+        else:
+            wait_s = -self.fanout_left / self.rates.fanout_per_s
+        self.relay.on_limited(self, metrics.LIMITS[limit], <int>(1000 * wait_s) + 1,
+                              text_of(self.relay.envelope.room), text_of(self.relay.envelope.id))
+        return self._insist()
+
+    cdef int _insist(self) except -1:
+        if self.relay.now - self.insists_since > INSIST_S:
+            self.insists_since = self.relay.now
+            self.insisted = 0
+        self.insisted += 1
+        return self.fail(4005) if self.insisted > INSISTENCE else 0
+
+    def insist(self):
+        """A message of it was refused for a rate that is kept elsewhere."""
+        self._insist()
+
+    def charge(self, size_t n):
+        """It has caused so many bytes for others."""
+        self.fanout_left -= n
+
+    @property
+    def owes_ms(self):
+        """How long until it may cause bytes for others again, 0: it may."""
+        if self.refilled_at != self.relay.now:
+            self._refill()
+        if self.fanout_left > 0:
+            return 0
+        self.relay.now = self.relay.clock()
+        self._refill()
+        return 0 if self.fanout_left > 0 else <int>(1000 * -self.fanout_left / self.rates.fanout_per_s) + 1
 
     # ---- picows' read buffer, which grows by doubling and never shrinks
 
@@ -1189,13 +1356,17 @@ cdef class Connection(WSListener):
         used = frame.payload_size + frame.tail_size
         if used > self.input_used:
             self.input_used = used
-        self.relay.words[RECEIVED_BYTES] += header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
+        used = header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
+        self.relay.words[RECEIVED_BYTES] += used
         try:
+            if self.bytes_left < -self.rates.byte_debt and self._is_flooding():
+                return
             if frame.msg_type == WSMsgType.TEXT and frame.fin and not (
                     self.parts_count or frame.rsv1 or frame.rsv2 or frame.rsv3):
                 self.relay.receive(self, frame.payload_ptr, frame.payload_size, False)
             else:
                 self._other_frame(frame)
+            self.bytes_left -= used  # now: what takes the level below 0 has passed
         except Exception:
             self.relay.on_bug(self)
             self.fail(1011)
@@ -1206,6 +1377,9 @@ cdef class Connection(WSListener):
         if frame.rsv1 or frame.rsv2 or frame.rsv3:
             return self.fail(1002)
         if frame.msg_type == WSMsgType.PING:
+            if self._is_short() and self.relay.hit(MESSAGES):
+                return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
+            self.messages_left -= 1
             return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
         if frame.msg_type == WSMsgType.PONG:
             return self._renew_input() if self.is_oversized and frame.last_in_buffer and frame.tail_size == 0 else 0
@@ -1258,9 +1432,12 @@ cdef class Connection(WSListener):
         try:
             if self.parts_type == WSMsgType.BINARY:
                 return self._frame(WSMsgType.BINARY, text, n)
-            return self.relay.receive(self, text, n, True)
+            self.bytes_left += n  # charged already, with each fragment
+            self.relay.receive(self, text, n, True)
+            self.bytes_left -= n
         finally:
             free(message)
+        return 0
 
     cdef int _peer_closed(self, WSFrame frame) except -1:
         """Answer with the same code (RFC 6455 §5.5.1). With nothing behind it, nothing is left to read either."""
@@ -1817,7 +1994,11 @@ cdef class Relay:
 
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
-    cdef object on_word, on_bug, on_relayed
+    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_closed_for_rate
+    cdef double now                 # monotonic seconds, as of the last tick or later
+    cdef Rates rates                # everybody's
+    cdef bint is_dry_run            # rates are counted, not kept
+    cdef size_t turn_deliveries     # of broadcasts, in this loop turn
     cdef readonly size_t message_bytes
     cdef size_t output_bytes, link_bytes
     cdef double handshake_s, first_message_s, ping_s
@@ -1857,6 +2038,7 @@ cdef class Relay:
 
     def __cinit__(self):
         self.table = Table()
+        self.rates = Rates.__new__(Rates)
         self.doomed = []
         self.overdrawn = set()
         self.talking = []
@@ -1881,11 +2063,15 @@ cdef class Relay:
         self.configure(**limits)
         self.ping_s = ping_s
         self.flush_method = self.flush
-        self.ticked = <uint64_t>(clock() * TICKS_PER_S)
+        self.now = clock()
+        self.ticked = <uint64_t>(self.now * TICKS_PER_S)
 
-    def configure(self, *, message_bytes, output_bytes, handshake_s, first_message_s, watched_rooms=0, trace_every=0):
-        """New limits; a deadline that is set already stays."""
+    def configure(self, *, message_bytes, output_bytes, handshake_s, first_message_s, watched_rooms=0, trace_every=0,
+                  rates=NO_RATES, is_dry_run=False):
+        """New limits; a deadline that is set already stays. `rates`: by the names of `limits`."""
         self.message_bytes = message_bytes
+        self.rates.set(rates, message_bytes)
+        self.is_dry_run = is_dry_run
         self.link_bytes = max(<size_t>LINK_BYTES, 4 * self.message_bytes)
         self.output_bytes = output_bytes or <size_t>-1
         self.handshake_s = handshake_s or 1e300
@@ -1906,6 +2092,9 @@ cdef class Relay:
         self.on_withdrawn = hub.withdraw
         self.on_bug = hub.report_bug
         self.on_relayed = hub.relayed
+        self.on_alarm = hub.alarm
+        self.on_limited = hub.limited
+        self.on_closed_for_rate = hub.closed_for_rate
         self.edge = edge
 
     def __dealloc__(self):
@@ -1928,6 +2117,11 @@ cdef class Relay:
         if index >= WORDS:
             raise InvariantError("there is no such counter")
         self.words[index] += more
+
+    cpdef bint hit(self, size_t limit):
+        """A limit is reached, of `metrics.LIMITS`: is it to be kept?"""
+        self.words[LIMIT_HITS + 2 * limit + self.is_dry_run] += 1
+        return not self.is_dry_run
 
     def set(self, size_t index, uint64_t value):
         """The value of a gauge."""
@@ -2234,6 +2428,7 @@ cdef class Relay:
         cdef PyObject *head
         cdef Connection connection
         cdef list due
+        self.now = now
         if to - self.ticked > WHEEL:
             self.ticked = to - WHEEL
         while self.ticked < to:
@@ -2263,7 +2458,7 @@ cdef class Relay:
         cdef Connection connection
         cdef set still = set()
         for connection in self.overdrawn:
-            if connection.over_since and connection.state == OPEN:
+            if connection.state == OPEN:
                 if now - connection.over_since > OVER_S:
                     self._doom(connection, 4003)
                 else:
@@ -2368,6 +2563,7 @@ cdef class Relay:
         cdef int code
         cdef size_t left = min(self.dirty_to - self.dirty_from, <size_t>FLUSHES_PER_TURN)
         self.is_scheduled = False
+        self.turn_deliveries = 0
         while self.talking:  # first: another core can begin while we go on
             neighbour = self.talking.pop()
             neighbour.is_talking = False
@@ -2422,8 +2618,12 @@ cdef class Relay:
         cdef int verdict
         cdef uint64_t *words
         cdef Message message
+        cdef bint is_short
         if connection.diverted:
             return connection._divert(p, n, is_utf8)
+        is_short = connection._is_short()
+        if connection.messages_left > 0:
+            connection.messages_left -= 1
         verdict = fs_scan_utf8(p, n, &self.envelope) if is_utf8 else fs_scan(p, n, &self.envelope)
         if verdict == FS_OK:
             self.kind = relayed_type(self.envelope.type.p, self.envelope.type.n)
@@ -2434,10 +2634,13 @@ cdef class Relay:
                 self.until_pick -= 1
                 if self.until_pick == 0:
                     self._pick(n)
+                if (is_short or connection.fanout_left <= 0) and self._is_refused_for_rate(connection, is_short, True):
+                    return 0
                 return self._relay(connection)
             message = message_of(&self.envelope)
             self._count_other(message.type, n)
-            self.on_message(connection, message)
+            if not (is_short and self._is_refused_for_rate(connection, True, False)):
+                self.on_message(connection, message)
             return 0
         self._count_other("other", n)
         if verdict == FS_BAD_UTF8:
@@ -2446,6 +2649,11 @@ cdef class Relay:
             self.on_refused(connection, "bad_json", None, None, None)
             return 0
         return self._refuse(connection, "bad_message" if verdict == FS_BAD_MESSAGE else "too_large", None)
+
+    cdef bint _is_refused_for_rate(self, Connection connection, bint is_short, bint is_for_others) except -1:
+        if is_short and connection._limited(MESSAGES if connection.messages_left <= 0 else BYTES) == 0:
+            return True
+        return is_for_others and connection.owes_ms and connection._limited(FANOUT) == 0
 
     cdef int _refuse(self, Connection connection, str code, list recipients) except -1:
         self.on_refused(connection, code, text_of(self.envelope.room), text_of(self.envelope.id), recipients)
@@ -2460,9 +2668,13 @@ cdef class Relay:
             return self._refuse(connection, "not_joined", None)
         if e.sender.p != NULL and not is_same(connection.raw, e.sender):
             return self._refuse(connection, "identity_mismatch", None)
+        if connection.denies & EXPIRED:
+            return self._refuse(connection, "token_expired", None)
         sender = membership(connection, e.room)
         if sender is None:
             return self._refuse(connection, "not_joined", None)
+        if connection.denies & (NO_RELAY if e.recipients else NO_BROADCAST):
+            return self._refuse(connection, "forbidden", None)
         if sender.room.owner is not None:
             return self._relay_away(sender)
         self.words[LOCAL] += 1
@@ -2476,6 +2688,8 @@ cdef class Relay:
         if not owner.is_open or owner._is_congested():
             return self._refuse(sender.connection, "backend_unavailable", recipients_of(e))
         self.words[TO_OWNER] += 1
+        sender.connection.fanout_left -= self._envelope_size(sender, None) * (
+            e.recipients or max(<Py_ssize_t>len(sender.room.roster) - 1, 0))
         if sender.connection.wants_ack and e.id.p != NULL:
             pending = self._ack_of(sender, 0)
             pending.homes.append(owner)
@@ -2507,10 +2721,15 @@ cdef class Relay:
         cdef size_t n
         if e.recipients:
             delivered = self._direct(sender, pending, is_watched)
+        elif self.is_turn_spent(sender.room):
+            self.hit(TURN)
+            return self._refuse_member(sender, "rate_limited", None)
         else:
             n = self._envelope_size(sender, None)
             self._envelope(put_header(self._scratch(n + ROOMY_HEADER), WSMsgType.TEXT, n), sender, None)
             delivered = self._fan_out(sender.room, sender, header_size(n), n, self.kind, None, pending)
+            if sender.connection is not None:
+                sender.connection.fanout_left -= n * (PyList_GET_SIZE(sender.room.order) - 1)
             if is_watched and PyList_GET_SIZE(sender.room.order) > 1:
                 self._see(sender, None)
         if pending is not None:
@@ -2520,6 +2739,11 @@ cdef class Relay:
             else:
                 self._ack(pending)
         return 0
+
+    cpdef bint is_turn_spent(self, Room room):
+        """Is that crowd to wait, since this loop turn has had enough of crowds? One whose loop stands still for longer
+        than `fleet` allows would be killed, and all its rooms with it."""
+        return self.turn_deliveries > TURN_DELIVERIES and PyList_GET_SIZE(room.order) > CROWD
 
     cdef uint32_t _direct(self, Member sender, Pending pending, bint is_watched) except? 0xffffffff:
         """To the recipients by name; those that are not there are named in one error, those out of reach in another."""
@@ -2535,6 +2759,8 @@ cdef class Relay:
                 absent.append(text_of(e.recipient[i]))
                 continue
             n = self._envelope_size(sender, member)
+            if sender.connection is not None:
+                sender.connection.fanout_left -= n
             if is_watched:
                 self._see(sender, member)
             if member.connection is None:
@@ -2572,6 +2798,7 @@ cdef class Relay:
         cdef uint32_t delivered = 0
         cdef list unreachable = None
         self.fan_outs += 1
+        self.turn_deliveries += members
         for i in range(members):
             member = <Member>PyList_GET_ITEM(room.order, i)
             if member is but:

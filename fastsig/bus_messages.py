@@ -14,7 +14,11 @@ from msgspec import Raw, Struct
 
 
 class Join(Struct, tag="join", frozen=True):
-    """Home to owner: may this peer become a member? `request` is the home's number for it."""
+    """Home to owner: may this peer become a member? `request` is the home's number for it.
+
+    `proof`: the issuer of the token that the id comes from; None: nobody vouches for it. `read_at`: when the home read
+    it, monotonic seconds of this machine.
+    """
 
     request: int
     room: str
@@ -22,6 +26,9 @@ class Join(Struct, tag="join", frozen=True):
     meta: Raw
     max_peers: int | None = None
     trace: str | None = None
+    proof: str | None = None
+    read_at: float = 0.0
+    may_create: bool = True
 
 
 class Withdraw(Struct, tag="withdraw", frozen=True):
@@ -33,11 +40,12 @@ class Withdraw(Struct, tag="withdraw", frozen=True):
 
 
 class Entry(Struct, frozen=True, array_like=True):
-    """One member as a roster has it."""
+    """One member as a roster has it. `proof`: see `Join`."""
 
     peer: str
     n: int
     meta: Raw
+    proof: str | None = None
 
 
 class Admitted(Struct, tag="admitted", frozen=True):
@@ -106,6 +114,29 @@ class Probe(Struct, tag="probe", frozen=True):
     n: int
 
 
+class Evicted(Struct, tag="evicted", frozen=True):
+    """Owner to home: this member is out, `replaced` by one with the same proven id, or `kicked`."""
+
+    n: int
+    reason: str
+
+
+class Kick(Struct, tag="kick", frozen=True):
+    """Home to owner: take this peer out, and for `seconds` do not let it in again. Who asks has the grant."""
+
+    request: int
+    room: str
+    peer: str
+    seconds: int
+
+
+class Kicked(Struct, tag="kicked", frozen=True):
+    """Owner to home: so it is; or there is no such member."""
+
+    request: int
+    was_there: bool
+
+
 class Announce(Struct, tag="announce", frozen=True):
     """Home to owner, over a new link: these members of its own were in this room when the old one was lost."""
 
@@ -164,7 +195,7 @@ class Confirm(Struct, tag="confirm", frozen=True):
 
 Membership = (
     Join | Withdraw | Admitted | Refused | Leave | Update | Arrived | Left | Updated | Probe
-    | Announce | Done | Roster | Gone | Settled
+    | Evicted | Kick | Kicked | Announce | Done | Roster | Gone | Settled
 )  # fmt: skip
 Passing = Offer | Accept | Confirm
 Word = Membership | Passing

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
 from cyclopts import (
@@ -175,6 +175,21 @@ def _parameter(option: Option, group: Group) -> Parameter:
     )
 
 
+def _flag(
+    name: str | None = None, *, show_default: bool = False, consume_multiple: tuple[int, None] | bool = False
+) -> Parameter:
+    """A flag of one command, which is no option of the server; with a name: an argument, which may be `-`."""
+    return Parameter(
+        name=name,
+        negative=(),
+        negative_iterable=(),
+        show_env_var=False,
+        show_default=show_default,
+        consume_multiple=consume_multiple,
+        allow_leading_hyphen=name is not None,
+    )
+
+
 def _command_line() -> Any:
     """The class of what a command line says: `Config` once more, with what cyclopts must know about each option."""
     sections = []
@@ -208,6 +223,10 @@ Given = Annotated[CommandLine, Parameter(name="*")]
 Hidden = Annotated[CommandLine, Parameter(name="*", show=False)]
 _NOTHING: Final = CommandLine()
 
+# As in `auth` and `tokens`, which are imported late.
+Can = Literal["join", "relay", "broadcast", "create", "admin"]
+KeyType = Literal["hs256", "ed25519", "es256", "rs256"]
+
 _sources = _Sources()
 app = App(
     name="fastsig",
@@ -220,6 +239,10 @@ app = App(
 )
 config_app = App(name="config", help="Check, show and document the configuration.")
 app.command(config_app)
+token_app = App(name="token", help="Make and check the tokens that peers show; see docs/tokens.md.")
+app.command(token_app)
+keys_app = App(name="keys", help="Make the keys that tokens are signed with.")
+app.command(keys_app)
 
 
 @app.default
@@ -228,6 +251,7 @@ def serve(*, given: Given = _NOTHING) -> ExitCode | int:
     """Serve until told to stop (also what fastsig does without a command)."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)  # until the supervisor handles them: a TERM now is an orderly end
     config = _settle(given)
+    _check_keys(config)
     from .supervisor import run  # noqa: PLC0415 # what the other commands never need
 
     return run(config, reload=_reread)
@@ -244,7 +268,11 @@ def check_config(
     strict
         Fail, with exit code 1, when there are such variables.
     """
-    _settle(given)
+    from .tls import check as check_tls  # noqa: PLC0415 # what most commands never need
+
+    config = _settle(given)
+    _check_keys(config)
+    check_tls(config.server)
     strangers = unknown_variables(os.environ)
     for name, near in strangers.items():
         _complain(f"unknown variable {name}" + (f", did you mean {near}?" if near else ""))
@@ -289,14 +317,22 @@ def health(
     ready
         Ask whether it takes new connections.
     url
-        The server, as http://host:port; by default the one that the configuration describes.
+        The server, as http://host:port, or https:// with a certificate that this machine trusts; by default the one
+        that the configuration describes, whatever its certificate.
     """
-    import http.client  # noqa: PLC0415 # only here
+    import http.client  # noqa: PLC0415 # only here, as the next
+    import ssl  # noqa: PLC0415
 
     base = url or _url_of(_settle(given))
-    host, port, prefix = _split(base)
+    is_tls, host, port, prefix = _split(base)
     path = f"{prefix}/health/{'ready' if ready else 'live'}"
-    connection = http.client.HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
+    connection: http.client.HTTPConnection
+    if is_tls:
+        # No secret is sent, and nothing believed but "alive"; the certificate is seldom for the name localhost.
+        context = ssl.create_default_context() if url else ssl._create_unverified_context()  # noqa: S323, SLF001
+        connection = http.client.HTTPSConnection(host, port, timeout=HEALTH_TIMEOUT_S, context=context)
+    else:
+        connection = http.client.HTTPConnection(host, port, timeout=HEALTH_TIMEOUT_S)
     try:
         connection.request("GET", path)
         status = connection.getresponse().status
@@ -345,6 +381,127 @@ def status(
     return ExitCode.OK
 
 
+@token_app.command(name="create")
+def create_token(  # noqa: PLR0913 # as many as a token has parts
+    *,
+    sub: Annotated[str, _flag()],
+    room: Annotated[tuple[str, ...], _flag(consume_multiple=(1, None))] = (),
+    can: Annotated[tuple[Can, ...], _flag(consume_multiple=(1, None))] = (),
+    admin: Annotated[bool, _flag()] = False,
+    multi: Annotated[bool, _flag()] = False,
+    ttl: Annotated[str, _flag(show_default=True)] = "1h",
+    meta: Annotated[str, _flag()] = "null",
+    aud: Annotated[str, _flag()] = "",
+    iss: Annotated[str, _flag()] = "",
+    key: Annotated[str, _flag()] = "",
+    kid: Annotated[str, _flag()] = "",
+    given: Hidden = _NOTHING,
+) -> ExitCode:
+    """Print a token for a peer, signed by --key, else by the first of auth.keys that can. Takes the options of serve.
+
+    fastsig token create --sub alice --room lobby --room 'team/*' --ttl 15m
+
+    fastsig token create --sub root --admin --key issuer.pem | fastsig token check -
+
+    Parameters
+    ----------
+    sub
+        Who the token is for: the peer id.
+    room
+        A room that it is good for, or the beginning of names with a * behind; may be repeated. Default: every room.
+    can
+        What it allows there: join, relay, broadcast, create, admin. Default: all but admin.
+    admin
+        Allow admin too.
+    multi
+        Let the peer connect several times, as SUB/SUFFIX.
+    ttl
+        How long it is good: 90s, 15m, 1h, 30d.
+    meta
+        JSON that the others see of the peer, whatever it says itself.
+    aud
+        The audience; by default auth.audience.
+    iss
+        The issuer; by default auth.issuer.
+    key
+        What signs: a file with a private key, PEM or JWK, or secret:TEXT, as in auth.keys. In an argument, others on
+        this machine can read a secret.
+    kid
+        The name of the key.
+    """
+    import time  # noqa: PLC0415 # only here, as the next
+
+    from . import tokens  # noqa: PLC0415
+
+    config = _settle(given)
+    claims = tokens.claims_of(
+        sub=sub,
+        rooms=room,
+        can=can,
+        is_admin=admin,
+        is_multi=multi,
+        meta=tokens.parse_meta(meta, config.limits.meta_bytes),
+        issuer=iss or config.auth.issuer,
+        audience=aud or config.auth.audience,
+        now=time.time(),
+        ttl_s=tokens.parse_ttl(ttl),
+    )
+    _say(tokens.create(config.auth, claims, key=key, kid=kid))
+    return ExitCode.OK
+
+
+@token_app.command(name="check")
+def check_token(text: Annotated[str, _flag(name="TOKEN")] = "-", /, *, given: Hidden = _NOTHING) -> ExitCode:
+    """Say check by check whether a token is good, and what it grants; exit code 1 when it is refused.
+
+    It is checked as the server would, by auth.keys or auth.jwks_url. Takes the options of serve.
+
+    fastsig token create --sub alice | fastsig token check -c fastsig.toml
+
+    Parameters
+    ----------
+    text
+        The token; - or nothing: from standard input, where nobody else on this machine can read it.
+    """
+    import time  # noqa: PLC0415 # only here, as the next two
+
+    from .auth import TOKEN_BYTES, TokenError  # noqa: PLC0415
+    from .tokens import explain  # noqa: PLC0415
+
+    config = _settle(given)
+    token = sys.stdin.read(8 * TOKEN_BYTES).strip() if text == "-" else text
+    try:
+        for line in explain(config.auth, token, time.time()):
+            _say(line)
+    except TokenError as error:
+        return _complain(f"the token is refused: {error}")
+    return ExitCode.OK
+
+
+@keys_app.command(name="generate")
+def generate_keys(
+    *, type: Annotated[KeyType, _flag(show_default=True)] = "hs256", out: Annotated[str, _flag()] = ""
+) -> ExitCode:
+    """Make a key for tokens, and print the lines that the configuration needs.
+
+    fastsig keys generate >> fastsig.toml
+
+    fastsig keys generate --type ed25519 --out issuer.pem
+
+    Parameters
+    ----------
+    type
+        hs256 is one secret, for the server and for who makes tokens. The others are pairs: who makes tokens has the
+        private key, the server only the public one.
+    out
+        File for the key, readable by you alone; the public one is put beside it, as FILE.pub. Never overwritten.
+    """
+    from .tokens import generate  # noqa: PLC0415 # only here
+
+    sys.stdout.write(generate(type, out))
+    return ExitCode.OK
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code."""
     _sources.argv, _sources.is_reload = sys.argv[1:] if argv is None else list(argv), False
@@ -368,7 +525,17 @@ def _reread() -> Config:
         _, bound, _ = app.parse_args(_sources.argv)
     except CycloptsError as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    return _settle(bound.arguments.get("given", _NOTHING))
+    config = _settle(bound.arguments.get("given", _NOTHING))
+    _check_keys(config)
+    return config
+
+
+def _check_keys(config: Config) -> None:
+    """Raises ConfigError for keys of tokens that cannot be used: here, in one line, not in each worker."""
+    if config.auth.keys or config.auth.required or config.auth.jwks_url:
+        from .auth import Verifier  # noqa: PLC0415 # 60 ms, where there are keys
+
+        Verifier(config.auth)
 
 
 def _settle(given: Config) -> Config:
@@ -384,19 +551,21 @@ def _url_of(config: Config) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(config.server.host, config.server.host)  # noqa: S104 # is replaced
     if not config.server.port:
         raise ConfigError("server.port is 0, so the port is not known here: give --url")
-    return f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
+    scheme = "https" if config.server.tls_cert else "http"
+    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{config.server.port}"
 
 
-def _split(url: str) -> tuple[str, int, str]:
-    """Host, port and path prefix."""
+def _split(url: str) -> tuple[bool, str, int, str]:
+    """Is it TLS; host, port and path prefix."""
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
     except ValueError:
         host = None
-    if not host or parts.scheme != "http":
-        raise ConfigError(f"--url: expected http://host:port, not {url}")
-    return host, port or 80, parts.path.rstrip("/")
+    if not host or parts.scheme not in {"http", "https"}:
+        raise ConfigError(f"--url: expected http://host:port or https://host:port, not {url}")
+    is_tls = parts.scheme == "https"
+    return is_tls, host, port or (443 if is_tls else 80), parts.path.rstrip("/")
 
 
 def _say(line: str) -> None:

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Final, Literal, TypeVar, cast, get_args, get_origin
+from typing import Any, Final, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from .errors import ConfigError
 
@@ -29,6 +29,9 @@ MASK: Final = "********"
 Algorithm = Literal["HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"]
 _T = TypeVar("_T")
 _SHOWN_CHARS: Final = 80
+_ISSUER: Final = re.compile(r"([^?#]+)=(?=https?://)", re.IGNORECASE)
+SECRET_LEAST: Final = 32
+_MAKE_SECRET: Final = "openssl rand -hex 32 makes one"  # noqa: S105 # a command
 _INT_MOST: Final = 2**53  # what every JSON reader keeps exact
 
 
@@ -91,9 +94,16 @@ class Server:
         reloads=True,
         has_effect=True,
     )
-    tls_cert: str = _option("", "File with the certificate chain, PEM; empty: no TLS.", reloads=True)
-    tls_key: str = _option("", "File with the private key, PEM.", reloads=True)
-    tls_min_version: Literal["1.2", "1.3"] = _option("1.2", "Oldest version of TLS that is spoken.")
+    tls_cert: str = _option(
+        "",
+        "File with the certificate chain, PEM; empty: no TLS. Read anew when it changes; on or off needs a restart.",
+        reloads=True,
+        has_effect=True,
+    )
+    tls_key: str = _option("", "File with the private key, PEM, without a passphrase.", reloads=True, has_effect=True)
+    tls_min_version: Literal["1.2", "1.3"] = _option(
+        "1.2", "Oldest version of TLS that is spoken.", reloads=True, has_effect=True
+    )
     origins: tuple[str, ...] = _option(
         (),
         "Origins whose pages may connect, such as https://app.example.org or https://*.example.org; empty or *: all.",
@@ -193,26 +203,52 @@ class Auth:
     """Who may connect and join."""
 
     required: bool = _option(False, "Refuse peers without a token.", reloads=True)
-    keys: tuple[str, ...] = _option((), "Keys that check tokens: secrets, PEM or JWK files.", reloads=True, secret=True)
-    jwks_url: str = _option("", "Where the issuer publishes its keys.", reloads=True)
-    issuer: str = _option("", "The iss that a token must have; empty: any.", reloads=True)
-    audience: str = _option("", "The aud that a token must have; empty: any.", reloads=True)
+    keys: tuple[str, ...] = _option(
+        (),
+        "Keys that check tokens: secret:TEXT, secret-b64:BASE64 or a file (PEM, JWK, JWK set); one that has a name"
+        " has kid=NAME, before it. See docs/tokens.md.",
+        reloads=True,
+        has_effect=True,
+        secret=True,
+    )
+    jwks_url: str = _option(
+        "",
+        "Where the issuer publishes its keys, a JWK set; several: ISSUER=URL with spaces between.",
+        reloads=True,
+        has_effect=True,
+    )
+    issuer: str = _option("", "The iss that a token must have; empty: any.", reloads=True, has_effect=True)
+    audience: str = _option("", "The aud that a token must have; empty: any.", reloads=True, has_effect=True)
     algorithms: tuple[Algorithm, ...] = _option(
         ("HS256", "HS384", "HS512", "RS256", "PS256", "ES256", "EdDSA", "Ed25519"),
-        "Signature algorithms that are accepted.",
+        "Signature algorithms that are accepted; a key takes those of its own kind.",
         reloads=True,
+        has_effect=True,
     )
     revoked: tuple[str, ...] = _option(
-        (), "Subjects whose tokens are refused; SUBJECT@SECONDS: those issued until then, in unix time.", reloads=True
+        (),
+        "Subjects whose tokens are refused; SUBJECT@SECONDS: those issued until then, in unix time.",
+        reloads=True,
+        has_effect=True,
     )
-    webhook_url: str = _option("", "Asked by POST whether a peer may join; empty: not asked.", reloads=True)
-    webhook_secret: str = _option("", "Signs the requests to the webhook.", reloads=True, secret=True)
-    webhook_seconds: float = _option(2.0, "Time that the webhook has to answer.", unit="s", most=4.5, reloads=True)
+    webhook_url: str = _option(
+        "", "Asked by POST whether a peer may join; empty: not asked.", reloads=True, has_effect=True
+    )
+    webhook_secret: str = _option(
+        "", "Signs the requests to the webhook: 32 characters or more.", reloads=True, secret=True, has_effect=True
+    )
+    webhook_seconds: float = _option(
+        2.0, "Time in which the webhook is asked, and answers.", unit="s", least=0.1, most=4.5, reloads=True,
+        has_effect=True,
+    )  # fmt: skip
     webhook_concurrency: int = _option(
         64, "Requests to the webhook at once, per worker; what is above waits its turn.", least=1, most=4096,
-        reloads=True,
+        reloads=True, has_effect=True,
     )  # fmt: skip
-    webhook_fails_open: bool = _option(False, "Let peers join when the webhook does not answer.", reloads=True)
+    webhook_fails_open: bool = _option(
+        False, "Let peers join when the webhook gives no usable answer; else they are told to try again.",
+        reloads=True, has_effect=True,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -429,9 +465,9 @@ class Option:
             return "expected a finite number"
         if least <= value <= most:
             return ""
-        return (
-            f"expected {least:.0f} to {most:.0f}" if most < _INT_MOST else f"expected {least:.0f} or more, up to 2^53"
-        )
+        if most < _INT_MOST:
+            return f"expected {_number(least)} to {_number(most)}"
+        return f"expected {_number(least)} or more, up to 2^53"
 
     def _parse_bool(self, text: str) -> bool:
         word = text.lower()
@@ -489,7 +525,8 @@ def reload(running: Config, read: Config) -> Reload:
         values[option.key], wanted = option.value_in(running), option.value_in(read)
         if values[option.key] == wanted:
             continue
-        if option.meta.is_reloadable:
+        switches_tls = option.key in {"server.tls_cert", "server.tls_key"} and not (wanted and values[option.key])
+        if option.meta.is_reloadable and not switches_tls:
             values[option.key] = wanted
             changed.append(option.key)
         else:
@@ -569,7 +606,69 @@ def _contradictions(config: Config) -> Iterable[tuple[str, str]]:
         yield "server.tls_key", "set server.tls_cert too"
     if limits.meta_bytes >= limits.message_bytes:
         yield "limits.meta_bytes", f"expected less than limits.message_bytes, {limits.message_bytes}"
+    yield from _contradictions_of_auth(config.auth)
     yield from _contradictions_of_ops(config.ops, server)
+
+
+def _contradictions_of_auth(auth: Auth) -> Iterable[tuple[str, str]]:
+    sources = key_sources(auth)
+    urls = [("auth.jwks_url", source.url) for source in sources]
+    for key, url in (*urls, ("auth.webhook_url", auth.webhook_url)):
+        if url and (complaint := _complaint_of_url(url)):
+            yield key, complaint
+    issuers = {source.issuer for source in sources}
+    if len(sources) > 1 and (len(issuers) < len(sources) or "" in issuers):
+        yield "auth.jwks_url", "of several URLs each needs an issuer of its own: ISSUER=https://…"
+    if auth.webhook_url and not auth.webhook_secret:
+        yield "auth.webhook_url", f"set auth.webhook_secret too, which signs the requests: {_MAKE_SECRET}"
+    if auth.webhook_url and len(auth.webhook_secret) < SECRET_LEAST:
+        yield "auth.webhook_secret", f"expected {SECRET_LEAST} characters or more: {_MAKE_SECRET}"
+
+
+class KeySource(NamedTuple):
+    """An issuer that publishes its keys. `issuer`: the iss that its tokens have; "": any."""
+
+    issuer: str
+    url: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from other issuers, and from keys of our own while `auth.issuer` is empty."""
+        return self.issuer or self.url
+
+
+def key_sources(auth: Auth) -> list[KeySource]:
+    """Of `auth.jwks_url`: a URL, for the issuer of `auth.issuer`, or several ISSUER=URL with spaces between."""
+    found = [(_ISSUER.match(word), word) for word in auth.jwks_url.split()]
+    return [
+        KeySource(match[1], word[match.end() :]) if match else KeySource(auth.issuer, word) for match, word in found
+    ]
+
+
+def plain_urls(auth: Auth) -> list[str]:
+    """Those of its options that name another machine by plain HTTP: whoever is on the way can answer for it."""
+    urls = {"auth.jwks_url": [source.url for source in key_sources(auth)], "auth.webhook_url": [auth.webhook_url]}
+    return [key for key, found in urls.items() if any(map(_is_plain_beyond_loopback, found))]
+
+
+def _is_plain_beyond_loopback(url: str) -> bool:
+    from urllib.parse import urlsplit  # noqa: PLC0415 # most servers have none
+
+    parts = urlsplit(url)
+    return parts.scheme == "http" and not _is_loopback(parts.hostname or "")
+
+
+def _complaint_of_url(url: str) -> str:
+    from urllib.parse import urlsplit  # noqa: PLC0415 # most servers have none
+
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets that do not match, a port that is none
+        is_whole = False
+    if not is_whole or not all("!" <= char <= "~" for char in url):
+        return "expected a URL such as https://auth.example.com/path, in visible ASCII"
+    return ""
 
 
 def _contradictions_of_ops(ops: Ops, server: Server) -> Iterable[tuple[str, str]]:
@@ -639,6 +738,11 @@ def _parse_list(text: str) -> list[Any]:
         return cast(list[Any], json.loads(text))
     except ValueError:
         raise ValueError('expected words, or a JSON list such as ["a", "b"]') from None
+
+
+def _number(value: float) -> str:
+    """Whole where it is whole: 65535, 0.1."""
+    return f"{value:.0f}" if value == int(value) else f"{value:g}"
 
 
 def _to_float(value: int) -> float:

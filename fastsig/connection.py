@@ -34,10 +34,12 @@ from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its
 
 from . import logs, metrics
 from ._relay import Connection, Relay, trim
+from .auth import Grant, KeysWanted
 from .config import Config
 from .entrance import Entrance, Guest, reset
-from .errors import HttpError
+from .errors import CloseCode, HttpError, ProtocolError
 from .protocol import SUBPROTOCOL
+from .tls import Credentials, TlsTransport
 
 _log = logs.get("fastsig.connection")
 
@@ -66,6 +68,9 @@ _REPLAYED: Final = (
 )
 _RESULTS: Final = metrics.indexes("handshakes_total")
 _BUGS: Final = metrics.index("internal_errors_total")
+_TLS_FAILURES: Final = metrics.index("tls_handshake_failures_total")
+_CLIENT_HELLO: Final = b"\x16"  # begins TLS (RFC 8446 §5.1), and never a request
+_BEARER: Final = "bearer."
 _TEXT: Final = 1
 _CLOSE: Final = 8
 _TO_BE_TRIED_AGAIN: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
@@ -163,13 +168,28 @@ def _subprotocol(head: Head) -> str | None:
 
 def room_in(query: str) -> str | None:
     """The first `room` of the query: percent-encoded UTF-8 (PROTOCOL §2); it joins nothing. Raises HttpError."""
+    return _parameter(query, "room")
+
+
+def token_in(head: Head) -> str | None:
+    """The token that a request brings, of several the one to be preferred (PROTOCOL §2). Raises HttpError."""
+    for offered in head.tokens("sec-websocket-protocol"):
+        if offered.startswith(_BEARER):
+            return offered.removeprefix(_BEARER)
+    scheme, _, credentials = (head.one("authorization") or "").partition(" ")
+    if scheme.lower() == "bearer":  # another one is between the client and a proxy
+        return credentials.strip(" ")
+    return _parameter(head.query, "token")
+
+
+def _parameter(query: str, wanted: str) -> str | None:
     for pair in query.split("&") if query else ():
         name, _, value = pair.partition("=")
-        if name == "room":
+        if name == wanted:
             try:
                 return unquote_to_bytes(value).decode("utf-8")
             except UnicodeDecodeError:
-                raise _bad_request("The room in the query is not UTF-8.") from None
+                raise _bad_request(f"The {wanted} in the query is not UTF-8.") from None
     return None
 
 
@@ -222,6 +242,24 @@ class _Tracer(Protocol):
     def begin(self, trace: str | None) -> _Request: ...
 
 
+class _Admission(Protocol):
+    """`admission.Admission`."""
+
+    def check(self, token: str) -> Grant: ...
+    def when_fetched(self, source: str, then: Callable[[], None]) -> Callable[[], None]: ...
+    def adopt(self, connection: Connection, grant: Grant) -> None: ...
+
+
+def _as_http(code: str) -> HttpError:
+    """A token was refused."""
+    if code == "backend_unavailable":
+        return HttpError(code, "The keys that check tokens cannot be had now.", headers="Retry-After: 5\r\n")
+    challenge = 'WWW-Authenticate: Bearer error="invalid_token"\r\n'
+    if code == "token_expired":
+        return HttpError(code, "The token has expired.", headers=challenge, close_code=CloseCode.TOKEN_EXPIRED)
+    return HttpError("unauthorized", "The token is not valid.", headers=challenge, close_code=CloseCode.UNAUTHORIZED)
+
+
 def is_local(head: Head, peername: object) -> bool:
     """Did somebody on this machine send it, as far as one can see? What a proxy here passes on mostly says so."""
     if any(name in _FORWARDED or name.startswith("x-forwarded") for name in head.headers):
@@ -237,7 +275,8 @@ class Door:
 
     `pass_on(handshake, room, received)`: is another worker asked to serve this connection, because it owns the room?
     Then either `Handshake.let_go` or `Handshake.serve` follows. `tracer`: hears of handshakes, where traces are wanted.
-    `entrance`: limits, proxies and origins; without one those of the default configuration.
+    `entrance`: limits, proxies and origins; without one those of the default configuration. `credentials`: for TLS;
+    such a connection is passed to nobody, since its keys are in this process.
     """
 
     def __init__(
@@ -255,6 +294,8 @@ class Door:
         self.pass_on = pass_on
         self.entrance = entrance or Entrance(relay, Config())
         self.tracer: _Tracer | None = None
+        self.admission: _Admission | None = None
+        self.credentials: Credentials | None = None
         self.is_ready = True
         self._beginning: dict[asyncio.Task[Any], tuple[socket.socket, Guest]] = {}
 
@@ -284,7 +325,7 @@ class Door:
         if guest.refusal is not None and guest.refusal.is_deep:
             reset(end)
         else:
-            self._begin(end, guest, pass_on=self.pass_on)
+            self._begin(end, guest, pass_on=self.pass_on if self.credentials is None else None)
 
     def take_over(self, fd: int, received: bytes, address: str, *, trace: str | None = None) -> None:
         """Serve what another worker passed on, after it had read so much; takes the descriptor over.
@@ -304,11 +345,14 @@ class Door:
     ) -> None:
         loop = asyncio.get_running_loop()
         end.setblocking(False)
-        task = loop.create_task(
-            loop.connect_accepted_socket(
-                lambda: Handshake(self, received, guest=guest, pass_on=pass_on, trace=trace), end
-            )
-        )
+
+        def protocol() -> asyncio.BaseProtocol:
+            handshake = Handshake(self, received, guest=guest, pass_on=pass_on, trace=trace)
+            if self.credentials is None:
+                return handshake
+            return TlsTransport(self.credentials.certificate.context, handshake, self._on_tls_failure)
+
+        task = loop.create_task(loop.connect_accepted_socket(protocol, end))
         self._beginning[task] = (end, guest)
         task.add_done_callback(self._on_begun)
 
@@ -318,6 +362,9 @@ class Door:
             end.close()
             guest.end()
             _log.debug("cannot_serve", reason=str(task.cancelled() or task.exception()))
+
+    def _on_tls_failure(self) -> None:
+        self.relay.count(_TLS_FAILURES)
 
     def is_for_echo(self, head: Head) -> bool:
         """Does it ask for the path that echoes?"""
@@ -349,8 +396,17 @@ class Door:
         if not self.is_ready:
             raise HttpError("draining", "The server is going away.", headers="Retry-After: 5\r\n")
         self.entrance.check_origin(head)
-        # The place to check the token of the request: raise HttpError with `close_code`, and a browser is told.
         return answer, room
+
+    def check_token(self, head: Head) -> Grant | None:
+        """What the token of the request grants, if it brings one. Raises HttpError, KeysWanted."""
+        token = None if self.admission is None or self.is_for_echo(head) else token_in(head)
+        if token is None or self.admission is None:
+            return None
+        try:
+            return self.admission.check(token)
+        except ProtocolError as refusal:
+            raise _as_http(refusal.entry.code) from refusal
 
     def tell(self, head: Head, refusal: HttpError) -> bytes | None:
         """All that a browser, which cannot read the answer to its handshake, gets in place of a refusal: 101, the
@@ -403,10 +459,13 @@ class Handshake(asyncio.Protocol):
             return
         self._received = received = self._received + data
         end = received.find(b"\r\n\r\n", 0, HEAD_BYTES + 4)
-        if end < 0 and len(received) < HEAD_BYTES:
+        speaks_tls = received[:1] == _CLIENT_HELLO
+        if end < 0 and len(received) < HEAD_BYTES and not speaks_tls:
             return
         head = None
         try:
+            if speaks_tls:
+                raise _bad_request("TLS is not spoken here: use http:// or ws://.")
             if end < 0:
                 raise _bad_request("The request head is too long.")
             head = read_head(received[:end])
@@ -417,6 +476,9 @@ class Handshake(asyncio.Protocol):
             if room is not None and self._pass_on is not None and self._pass_on(self, room, received):
                 self._transport.pause_reading()  # not a byte more: whoever serves it gets what was read
                 return
+            grant = self._door.check_token(head)
+        except KeysWanted as wanted:
+            self._wait_for_keys(wanted.source)
         except HttpError as refusal:
             self._refuse(refusal, head)
         except Exception:  # noqa: BLE001 (the acceptor is one of the three places that catch broadly)
@@ -427,9 +489,21 @@ class Handshake(asyncio.Protocol):
             )
         else:
             if answer.startswith(b"HTTP/1.1 101"):
-                self._upgrade(answer, received[end + 4 :], is_for_echo=self._door.is_for_echo(head))
+                self._upgrade(answer, received[end + 4 :], grant, is_for_echo=self._door.is_for_echo(head))
             else:
                 self._connection.send_last(answer)
+
+    def _wait_for_keys(self, source: str) -> None:
+        """Of each issuer once; the time-out of the handshake goes on."""
+        assert self._door.admission is not None  # it wants them
+        self._transport.pause_reading()
+        self._door.admission.when_fetched(source, self._resume)
+
+    def _resume(self) -> None:
+        if self._connection.is_shaking:
+            self._pass_on = None
+            self._transport.resume_reading()
+            self.data_received(b"")
 
     def fileno(self) -> int:
         """The socket's. It stays the transport's."""
@@ -458,9 +532,7 @@ class Handshake(asyncio.Protocol):
     def serve(self) -> None:
         """It is ours after all. The other process may hold its copy a while yet, one that is stopped."""
         self._connection.is_copied = True
-        self._pass_on = None
-        self._transport.resume_reading()
-        self.data_received(b"")
+        self._resume()
 
     def _refuse(self, refusal: HttpError, head: Head | None = None) -> None:
         self._door.relay.count(_RESULTS[refusal.code])
@@ -469,7 +541,7 @@ class Handshake(asyncio.Protocol):
         if self._request is not None:
             self._request.end(self._connection, refusal.code)
 
-    def _upgrade(self, answer: bytes, tail: bytes, *, is_for_echo: bool) -> None:
+    def _upgrade(self, answer: bytes, tail: bytes, grant: Grant | None, *, is_for_echo: bool) -> None:
         """The hand-over to picows. What came pipelined behind the head are frames already."""
         connection = self._connection
         connection.address = self._guest.address
@@ -478,6 +550,8 @@ class Handshake(asyncio.Protocol):
         connection.open()
         if is_for_echo:
             connection.echo()
+        if grant is not None and self._door.admission is not None:
+            self._door.admission.adopt(connection, grant)
         self._transport.set_protocol(websocket)
         self._received = b""
         if self._request is not None:

@@ -142,6 +142,7 @@ HTTP_STATUS: Final = {
     "method_not_allowed": 405,
     "rate_limited": 429,
     "limit_exceeded": 503,
+    "backend_unavailable": 503,
     "draining": 503,
     "internal": 503,
 }

@@ -17,11 +17,11 @@ Invariants
 """
 
 import itertools
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
@@ -29,6 +29,8 @@ from msgspec import Raw
 
 from . import __version__, logs, metrics, protocol
 from ._relay import Connection, Member, Message, Neighbour, Relay, Room
+from .admission import Admission, grant_of, record_of
+from .auth import Grant, KeySets, KeysWanted, Verifier
 from .bus import Link
 from .bus_messages import (
     Admitted,
@@ -36,8 +38,11 @@ from .bus_messages import (
     Arrived,
     Done,
     Entry,
+    Evicted,
     Gone,
     Join,
+    Kick,
+    Kicked,
     Leave,
     Left,
     Probe,
@@ -50,10 +55,11 @@ from .bus_messages import (
     decode,
     encode,
 )
-from .config import Limits
+from .config import Auth, Limits
 from .errors import CATALOGUE, CloseCode, ProtocolError
-from .rooms import Rooms, entries
+from .rooms import CROWD_AFTER_MS, Rooms, entries
 from .routing import Address, Place
+from .webhook import Decision, Question
 
 _log = logs.get("fastsig.hub")
 
@@ -61,22 +67,59 @@ ERROR_WINDOW_S: Final = 5.0
 DECISION_S: Final = 5.0  # PROTOCOL §3, Waiting
 REPORT_S: Final = 30.0  # what a peer reports again within this is no news (PROTOCOL §3.1)
 REPORTS: Final = 64  # of one connection that count within it
+PRESENCE_BYTES: Final = 128  # of a peer-joined or peer-left, besides metadata, where another worker writes it
 
 _ERRORS: Final = metrics.indexes("errors_total")
 _BUGS: Final = metrics.index("internal_errors_total")
 _REPORTS: Final = metrics.indexes("peer_connection_reports_total")
 _SETUP_SECONDS: Final = metrics.histogram("peer_connection_setup_seconds")
+_NO_JOIN: Final = protocol.JoinPayload()
+_UNDECIDED: Final = Join(0, "", "", Raw(protocol.NULL))
 
 
-class _Request(NamedTuple):
-    """A join that is not decided yet."""
+@dataclass(slots=True)
+class _Request:
+    """A hello, join or refresh on its way to an answer; what is below `until` comes to it on the way."""
+
+    number: int
+    connection: Connection
+    message: Message
+    token: str | None
+    until: float
+    payload: protocol.JoinPayload = _NO_JOIN
+    grant: Grant | None = None
+    join: Join = _UNDECIDED
+    decision: Decision | None = None  # the webhook's
+    is_meta_fixed: bool = False
+    cancel: Callable[[], None] | None = None  # of what it waits for
+    owner: Neighbour | None = None  # that was asked
+    room: Room | None = None  # of that owner: kept, since its roster may be that of this one
+
+    def fix_meta(self, meta: bytes) -> None:
+        """Instead of what the peer says of itself."""
+        self.join = msgspec.structs.replace(self.join, meta=Raw(meta))
+        self.is_meta_fixed = True
+
+
+class _Kick(NamedTuple):
+    """One that another worker has been asked for."""
 
     connection: Connection
-    owner: Neighbour | None  # None: this worker, which is gathering
-    join: Join
-    id: str | None
+    message: Message
+    owner: Neighbour
     until: float
-    room: Room | None  # of another owner: kept, since its roster may be that of this one
+
+
+class _Asking(Protocol):
+    def cancel(self) -> None: ...
+
+
+class _Asker(Protocol):
+    """`asker.Asker`."""
+
+    @property
+    def is_wanted(self) -> bool: ...
+    def ask(self, question: Question, done: Callable[[Decision], None]) -> _Asking: ...
 
 
 class _Tracer(Protocol):
@@ -90,18 +133,6 @@ class _Tracer(Protocol):
     def relayed(self, type: str, size: int, began: float, ended: float) -> None: ...
 
 
-@dataclass(slots=True)
-class _Record:
-    """What is kept of a connection that erred or reported: most do neither.
-
-    `errors`: when the latest were. `reports`: those that counted in the last `REPORT_S` → when, the oldest first. Their
-    hashes are small, and do: were two of 64 the same, one would not be counted.
-    """
-
-    errors: deque[float] | None = None
-    reports: dict[int, float] = field(default_factory=dict)
-
-
 class Hub:
     """Decides for one worker, the one at `place`. `tracer` is None unless traces are wanted."""
 
@@ -111,21 +142,27 @@ class Hub:
         limits: Limits,
         *,
         place: Place = Place(),  # noqa: B008 (it is immutable)
+        auth: Auth = Auth(),  # noqa: B008 (so is it)
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
         make_id: Callable[[], str] | None = None,
     ) -> None:
-        self.rooms = Rooms(relay, limits, generation=place.generation)
+        self.admission = Admission(relay, limits, auth, clock=clock, unix_clock=unix_clock, make_id=make_id)
+        self.rooms = Rooms(
+            relay, limits, generation=place.generation, clock=clock, hits=partial(self.admission.hits, None),
+            evicted=self._evicted,
+        )  # fmt: skip
         self.tracer: _Tracer | None = None
+        self.asker: _Asker | None = None
         self._relay = relay
         self._limits = limits
         self._place = place
         self._clock = clock
         self._unix_clock = unix_clock
-        self._make_id = make_id or (lambda: secrets.token_urlsafe(16))
         self._neighbours: dict[Address, Neighbour] = {}
         self._requests: dict[int, _Request] = {}  # by the number of the join, the oldest first
         self._asking: dict[Connection, int] = {}  # the same by the connection: it has one at a time
+        self._kicks: dict[int, _Kick] = {}
         self._left: deque[tuple[float, Neighbour, Member]] = deque()  # members whom errors may come for yet
         self._numbers = itertools.count(1)
         self._handlers: dict[str, Callable[[Connection, Message], None]] = {
@@ -135,6 +172,8 @@ class Hub:
             "update": self._update,
             "ping": self._ping,
             "report": self._report,
+            "refresh": self._refresh,
+            "kick": self._kick,
         }
         self._words: dict[type, Callable[[Neighbour, Any], None]] = self.rooms.words | {
             Admitted: self._on_admitted,
@@ -143,14 +182,19 @@ class Hub:
             Left: self._on_left,
             Updated: self._on_updated,
             Probe: self._on_probe,
+            Evicted: self._on_evicted,
+            Kicked: self._on_kicked,
             Roster: self._on_roster,
             Gone: self._on_gone,
             Settled: self._on_settled,
         }
 
-    def configure(self, limits: Limits) -> None:
-        """New limits: those who are above one already stay."""
+    def configure(self, limits: Limits, auth: Auth = Auth(), verifier: Verifier | None = None,  # noqa: B008
+                  key_sets: KeySets | None = None) -> None:  # fmt: skip
+        """New limits and keys: those who are above a limit already stay."""
         self._limits = self.rooms.limits = limits
+        self.rooms.shows_proof = not auth.required
+        self.admission.configure(limits, auth, verifier, key_sets)
 
     def stats(self) -> dict[str, int]:
         """How long its tables are, by name."""
@@ -158,6 +202,8 @@ class Hub:
         return {
             "joins_undecided": len(self._requests),
             "departed": len(self._left),
+            "kicks_undecided": len(self._kicks),
+            "bans": self.rooms.bans,
             "links": sum(neighbour.link is not None for neighbour in links),
             "link_buffer_bytes": sum(neighbour.waiting_bytes for neighbour in links),
         }
@@ -180,14 +226,37 @@ class Hub:
             if handler is None:
                 raise ProtocolError("unknown_type")
             _check_sender(connection, message.sender)
+            if self.admission.is_expired(connection, message.type):
+                raise ProtocolError("token_expired")
             handler(connection, message)
         except ProtocolError as refusal:
-            self.refuse(connection, refusal.entry.code, message.room, message.id, None, refusal.after_ms)
+            self._refuse_message(connection, message, refusal.entry.code, refusal.after_ms)
+
+    def _refuse_message(self, connection: Connection, message: Message, code: str, after_ms: int | None) -> None:
+        """A token that is over when it is shown first ends the connection (PROTOCOL §3.4, Expiry)."""
+        self.refuse(connection, code, message.room, message.id, None, after_ms)
+        if code == "token_expired" and grant_of(connection) is None:
+            connection.send_close(CloseCode.TOKEN_EXPIRED, "lost")
+
+    def limited(self, connection: Connection, limit: str, after_ms: int, room: str | None, id: str | None) -> None:
+        """A message of it came too soon."""
+        self.admission.complain(connection, limit)
+        self.refuse(connection, "rate_limited", room, id, None, after_ms)
+
+    def closed_for_rate(self, connection: Connection, limit: str) -> None:
+        """It is: whatever it hears, it sends more."""
+        self.admission.complain(connection, limit)
+
+    def alarm(self, connection: Connection) -> None:
+        """A time has come that was set for it."""
+        self.admission.alarm(connection)
 
     def refuse(self, connection: Connection, code: str, room: str | None, id: str | None,
                recipients: list[str] | None, after_ms: int | None = None) -> None:  # fmt: skip
         """One `error`; the counted kind ends a connection that insists (4509)."""
         entry = CATALOGUE[code]
+        if code == "rate_limited" and after_ms is None:  # the relay's word for a crowd
+            after_ms = CROWD_AFTER_MS
         connection.send(protocol.error(entry, room=room, id=id, recipients=recipients, after_ms=after_ms))
         self._relay.count(_ERRORS[code])
         if self.tracer is not None:
@@ -197,7 +266,8 @@ class Hub:
 
     def refuse_guest(self, sender: Member, code: str, id: str | None, recipients: list[str] | None) -> None:
         """One `error`, of the kind that is not counted, for a message that its home had relayed to us."""
-        text = protocol.error(CATALOGUE[code], room=sender.room.name, id=id, recipients=recipients, after_ms=None)
+        after_ms = CROWD_AFTER_MS if code == "rate_limited" else None
+        text = protocol.error(CATALOGUE[code], room=sender.room.name, id=id, recipients=recipients, after_ms=after_ms)
         self._relay.tell(sender, text)
         self._relay.count(_ERRORS[code])
         if self.tracer is not None:
@@ -248,53 +318,100 @@ class Hub:
     # ---- the rare messages
 
     def _hello(self, connection: Connection, message: Message) -> None:
-        if connection.peer is not None:  # a hello or join succeeded before
+        if connection.peer is not None or record_of(connection).said_hello:
             raise ProtocolError("bad_message")
         hello = protocol.read_hello(message.payload)
-        _refuse_token(hello.token)
-        peer = message.sender or self._make_id()
-        connection.identify(peer)
-        connection.settle()
-        granted_caps = protocol.CAPS.intersection(hello.caps or ())
-        connection.wants_ack = "ack" in granted_caps
-        limits = self._limits
+        request = self._request(connection, message, hello.token)
+        self._identify(request, partial(self._welcome, caps=protocol.CAPS.intersection(hello.caps or ())))
+
+    def _welcome(self, request: _Request, caps: frozenset[str]) -> None:
+        """One without a token, where tokens are required, decides nothing: the join must bring it."""
+        connection, grant, record = request.connection, request.grant, record_of(request.connection)
+        peer = None
+        if grant is not None or not self.admission.is_required:
+            peer = self.admission.peer(connection, grant, request.message.sender)
+            request.join = msgspec.structs.replace(_UNDECIDED, peer=peer)
+            self._settle(request)
+        record.said_hello = True
+        connection.wants_ack = "ack" in caps
+        limit = partial(self.admission.limit, record)
         granted = protocol.Granted(
-            message_bytes=limits.message_bytes, messages_per_s=limits.messages_per_s, rooms=limits.rooms_per_connection
+            message_bytes=self._limits.message_bytes,
+            messages_per_s=limit("messages_per_s"),
+            rooms=limit("rooms_per_connection"),
         )
         payload = protocol.WelcomePayload(
-            caps=sorted(granted_caps),
-            limits=granted,
-            version=__version__,
-            server_time=self._unix_clock(),
+            caps=sorted(caps), limits=granted, version=__version__, server_time=self._unix_clock()
         )
-        connection.send(protocol.Welcome(sender=peer, payload=payload, id=message.id).encode())
+        connection.send(protocol.Welcome(sender=peer, payload=payload, id=request.message.id).encode())
+        self._end(request)
+
+    def _request(self, connection: Connection, message: Message, token: str | None) -> _Request:
+        return _Request(next(self._numbers), connection, message, token, self._clock() + DECISION_S)
 
     def _join(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
         payload = protocol.read_join(message.payload, meta_bytes=self._limits.meta_bytes)
         if self.tracer is not None:
             self.tracer.join(connection, payload.trace)
-        _refuse_token(payload.token)
+        self.admission.take_join(connection)
+        self.admission.check_debt(connection)
         self._check_joiner(connection, name)
-        peer = connection.peer or message.sender or self._make_id()
-        join = Join(next(self._numbers), name, peer, payload.meta, payload.max_peers, payload.trace)
+        request = self._request(connection, message, payload.token)
+        request.payload = payload
+        self._identify(request, self._authorize)
+
+    def _refresh(self, connection: Connection, message: Message) -> None:
+        if grant_of(connection) is None:  # nothing to refresh
+            raise ProtocolError("bad_message")
+        request = self._request(connection, message, protocol.read_refresh(message.payload))
+        self._identify(request, self._refreshed)
+
+    def _refreshed(self, request: _Request) -> None:
+        """Rooms that the new token does not grant are left."""
+        connection, grant = request.connection, request.grant
+        assert grant is not None  # a token was shown
+        self.admission.adopt(connection, grant)
+        for member in connection.rooms:
+            if not grant.grants(member.room.name, "join"):
+                self._remove(member, "kicked")
+                left = protocol.Left(room=member.room.name, payload=protocol.Reason("kicked"))
+                connection.send(left.encode())
+        life = protocol.Life(self.admission.lasts_s(grant))
+        connection.send(protocol.Refreshed(payload=life, id=request.message.id).encode())
+        self._end(request)
+
+    def _kick(self, connection: Connection, message: Message) -> None:
+        name, peer = _room_of(message), _recipient_of(message)
+        seconds = protocol.read_kick(message.payload)
+        grant = grant_of(connection)
+        if grant is None or not grant.grants(name, "admin"):
+            raise ProtocolError("forbidden")
         owner = self.owner(name)
-        if owner is not None:
-            self._ask(owner, connection, join, message.id)
-        elif self.rooms.is_gathering:
-            self._wait(None, connection, join, message.id)
-            self.rooms.hold(lambda: self._join_later(join.request))
+        if owner is None:
+            was_there = self.rooms.kick(name, peer, seconds)
+            self._answer_kick(connection, message, None if was_there else "peer_unavailable")
+        elif owner.is_open:
+            number = next(self._numbers)
+            self._kicks[number] = _Kick(connection, message, owner, self._clock() + DECISION_S)
+            owner.say(encode(Kick(number, name, peer, seconds)))
         else:
-            self._join_here(connection, join, message.id)
+            raise ProtocolError("backend_unavailable")
 
     def _leave(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
-        self._remove(_membership(connection, name), "left")
+        member = _membership(connection, name)
+        self._remove(member, "left")
+        connection.charge(PRESENCE_BYTES * _others(member.room))
         connection.send(protocol.Left(room=name, payload=protocol.Reason("left"), id=message.id).encode())
 
     def _update(self, connection: Connection, message: Message) -> None:
         member = _membership(connection, _room_of(message))
         meta = protocol.read_update(message.payload, meta_bytes=self._limits.meta_bytes)
+        self.admission.check_debt(connection)
+        if record_of(connection).is_meta_fixed:
+            raise ProtocolError("forbidden")
+        connection.charge((PRESENCE_BYTES + len(meta)) * _others(member.room))
         owner = member.room.owner
         if owner is None:
             self.rooms.update(member, meta)
@@ -313,13 +430,12 @@ class Hub:
     def _report(self, connection: Connection, message: Message) -> None:
         """Of a peer who may have left: whether it was ever here is not asked. Nothing is answered."""
         room = _membership(connection, _room_of(message)).room.name
-        if message.recipients is None or len(message.recipients) != 1:
-            raise ProtocolError("bad_message")
-        if message.recipients[0] == connection.peer:
+        other = _recipient_of(message)
+        if other == connection.peer:
             self.refuse(connection, "peer_unavailable", message.room, message.id, message.recipients)
             return
         report = protocol.read_report(message.payload)
-        if not self._is_news(connection, hash((room, message.recipients[0], report.outcome))):
+        if not self._is_news(connection, hash((room, other, report.outcome))):
             return
         self._relay.count(_REPORTS[report.outcome])
         if report.outcome == "connected":
@@ -329,56 +445,135 @@ class Hub:
             if report.ms is not None:
                 self._relay.observe(_SETUP_SECONDS, report.ms / 1000)
 
-    # ---- joins
+    # ---- joins, and whatever else a token is shown with
+
+    def _identify(self, request: _Request, then: Callable[[_Request], None]) -> None:
+        """Go on with `then` once its token is known to be good. Raises ProtocolError."""
+        try:
+            request.grant = self.admission.shown(request.connection, request.token)
+        except KeysWanted as wanted:  # of each issuer once
+            self._hold(request)
+            again = partial(self._identify, then=then)
+            request.cancel = self.admission.when_fetched(wanted.source, partial(self._go_on, request, again))
+            return
+        then(request)
 
     def _check_joiner(self, connection: Connection, name: str) -> None:
-        limit = self._limits.rooms_per_connection
+        limit = self.admission.limit(record_of(connection), "rooms_per_connection")
         if self.rooms.is_draining:
             raise ProtocolError("draining")
         memberships = connection.rooms
         if any(member.room.name == name for member in memberships):
             raise ProtocolError("already_joined")
-        if limit and len(memberships) >= limit:
+        if 0 < limit <= len(memberships) and self.admission.hits(connection, "rooms_per_connection"):
             raise ProtocolError("too_many_rooms")
 
-    def _join_here(self, connection: Connection, join: Join, id: str | None) -> None:
-        self.rooms.check(join.room, join.peer)
-        _settle(connection, join.peer)
-        member = self.rooms.add(join, connection)
-        self._send_joined(member, entries(other for other in member.room.members if other is not member), id)
-        self.rooms.introduce(member, join.trace)
+    def _authorize(self, request: _Request) -> None:
+        """A join: is it granted, by the token and, where there is one, by the webhook?"""
+        grant, payload, name = request.grant, request.payload, _room_of(request.message)
+        if grant is None and self.admission.is_required:
+            raise ProtocolError("unauthorized")
+        peer = self.admission.peer(request.connection, grant, request.message.sender)
+        if grant is not None and not grant.grants(name, "join"):
+            raise ProtocolError("forbidden")
+        request.join = Join(
+            request.number, name, peer, payload.meta, payload.max_peers, payload.trace,
+            proof=None if grant is None else grant.issuer, read_at=request.until - DECISION_S,
+            may_create=grant is None or grant.grants(name, "create"),
+        )  # fmt: skip
+        if grant is not None and grant.meta is not None:
+            request.fix_meta(grant.meta)
+        if self.asker is None or not self.asker.is_wanted:
+            self._place_in_room(request)
+            return
+        asked = self.asker.ask(self._question(request), partial(self._on_decided, request))
+        if request.decision is not None:  # it was known
+            self._comply(request)
+        else:
+            self._hold(request)
+            request.cancel = asked.cancel
+
+    def _question(self, request: _Request) -> Question:
+        grant, join = request.grant, request.join
+        return Question(
+            id=f"{self._name(request.connection)}.{request.number}", room=join.room, peer=join.peer,
+            subject=None if grant is None else grant.subject, issuer=None if grant is None else grant.issuer,
+            address=request.connection.address, meta=join.meta,
+        )  # fmt: skip
+
+    def _on_decided(self, request: _Request, decision: Decision) -> None:
+        request.decision = decision
+        self._go_on(request, self._comply)
+
+    def _comply(self, request: _Request) -> None:
+        """The webhook has spoken."""
+        decision = request.decision
+        assert decision is not None  # it has
+        if not decision.is_allowed:
+            raise ProtocolError(decision.code, after_ms=decision.after_ms)
+        if decision.meta is not None:
+            request.fix_meta(decision.meta)
+        if decision.max_peers is not None:
+            request.join = msgspec.structs.replace(request.join, max_peers=decision.max_peers)
+        self._place_in_room(request)
+
+    def _place_in_room(self, request: _Request) -> None:
+        owner = self.owner(request.join.room)
+        if owner is not None:
+            self._ask(owner, request)
+        elif self.rooms.is_gathering:
+            self._hold(request)
+            self.rooms.hold(lambda: self._go_on(request, self._join_here))
+        else:
+            self._join_here(request)
+
+    def _join_here(self, request: _Request) -> None:
+        if self.rooms.is_draining:  # since it was read
+            raise ProtocolError("draining")
+        self.rooms.check(request.join)
+        self._settle(request)
+        member = self.rooms.add(request.join, request.connection)
+        others = entries(other for other in member.room.members if other is not member)
+        self._send_joined(member, others, request.message.id)
+        said = self.rooms.introduce(member, request.join.trace)
+        request.connection.charge(said * len(others))
+        self._end(request)
+
+    def _settle(self, request: _Request) -> None:
+        """A hello or join succeeded: the connection has its id and its rights, and may stay."""
+        connection = request.connection
+        if connection.peer is None:
+            connection.identify(request.join.peer)
+        if request.grant is not None:
+            self.admission.adopt(connection, request.grant)
+        if request.decision is not None and request.decision.limits:
+            own = {} if request.grant is None else request.grant.limits
+            self.admission.allow(connection, {**own, **request.decision.limits})
+        if request.is_meta_fixed:
+            record_of(connection).is_meta_fixed = True
+        connection.settle()
 
     def _send_joined(self, member: Member, others: Iterable[Entry], id: str | None) -> None:
-        peers = [protocol.RosterEntry(sender=other.peer, n=other.n, meta=other.meta) for other in others]
+        shows_proof = self.rooms.shows_proof
+        peers = [
+            protocol.RosterEntry(other.peer, other.n, other.meta, shows_proof and other.proof is not None)
+            for other in others
+        ]
         payload = protocol.Roster(n=member.n, peers=peers)
         connection = member.connection
-        connection.send(protocol.Joined(room=member.room.name, sender=member.name, payload=payload, id=id).encode())
+        text = protocol.Joined(room=member.room.name, sender=member.name, payload=payload, id=id).encode()
+        connection.send(text)
+        connection.charge(len(text))
         if self.tracer is not None:
             self.tracer.joined(connection)
 
-    def _join_later(self, number: int) -> None:
-        """It was held while the rooms were gathered."""
-        request = self._pop(number)
-        if request is None:  # withdrawn meanwhile
-            return
-        try:
-            self._join_here(request.connection, request.join, request.id)
-        except ProtocolError as refusal:
-            self._give_up(request, refusal.entry.code, refusal.after_ms)
-        else:
-            request.connection.proceed()
-
-    def _ask(self, owner: Neighbour, connection: Connection, join: Join, id: str | None) -> None:
+    def _ask(self, owner: Neighbour, request: _Request) -> None:
         if owner.link is None:
             raise ProtocolError("backend_unavailable")
-        self._wait(owner, connection, join, id)
-        owner.say(encode(join))
-
-    def _wait(self, owner: Neighbour | None, connection: Connection, join: Join, id: str | None) -> None:
-        connection.wait()
-        room = None if owner is None else self._relay.pin(join.room, owner)
-        self._asking[connection] = join.request
-        self._requests[join.request] = _Request(connection, owner, join, id, self._clock() + DECISION_S, room)
+        self._hold(request)
+        request.owner = owner
+        request.room = self._relay.pin(request.join.room, owner)
+        owner.say(encode(request.join))
 
     def _on_admitted(self, owner: Neighbour, word: Admitted) -> None:
         request = self._pop(word.request)
@@ -388,23 +583,50 @@ class Hub:
             if room is not None and word.roster is not None:  # to another join of the room it will not be said again
                 room.roster = _kept(word.roster)
             return
-        connection = request.connection
-        _settle(connection, request.join.peer)
-        member = self._relay.add_away(word.room, owner, connection, word.n, bytes(request.join.meta))
+        self._settle(request)
+        join = request.join
+        member = self._relay.add_away(word.room, owner, request.connection, word.n, bytes(join.meta))
+        member.proof = join.proof
         room = member.room
         room.max_peers = word.max_peers
         if word.roster is not None:
             room.roster = _kept(word.roster)
-        self._send_joined(member, sorted(room.roster.values(), key=_ordinal), request.id)
-        room.roster[member.n] = Entry(member.name, member.n, request.join.meta)
+        self._send_joined(member, sorted(room.roster.values(), key=_ordinal), request.message.id)
+        request.connection.charge((PRESENCE_BYTES + len(member.meta)) * len(room.roster))
+        room.roster[member.n] = Entry(member.name, member.n, join.meta, join.proof)
         self._release(request)
-        connection.proceed()
+        request.connection.proceed()
 
     def _on_refused(self, owner: Neighbour, word: Refused) -> None:
         request = self._pop(word.request)
         if request is not None:
             self._release(request)
             self._give_up(request, word.code, word.after_ms)
+
+    # ---- what waits for a decision
+
+    def _hold(self, request: _Request) -> None:
+        """What its connection says from here on waits. It may be held at one stage after the other."""
+        if request.number not in self._requests:
+            request.connection.wait()
+            self._asking[request.connection] = request.number
+            self._requests[request.number] = request
+
+    def _go_on(self, request: _Request, step: Callable[[_Request], None]) -> None:
+        """What was held goes on, unless it was withdrawn meanwhile."""
+        if request.number not in self._requests:
+            return
+        request.cancel = None
+        try:
+            step(request)
+        except ProtocolError as refusal:
+            self._pop(request.number)
+            self._give_up(request, refusal.entry.code, refusal.after_ms)
+
+    def _end(self, request: _Request) -> None:
+        """It is answered: what waits behind it, if it had to wait, is handled."""
+        if self._pop(request.number) is not None:
+            request.connection.proceed()
 
     def _pop(self, number: int) -> _Request | None:
         request = self._requests.pop(number, None)
@@ -420,13 +642,15 @@ class Hub:
         """Decided or not, it comes to nothing."""
         request = self._requests.pop(number)
         del self._asking[request.connection]
+        if request.cancel is not None:
+            request.cancel()
         self._release(request)
         if request.owner is not None:
             request.owner.say(encode(Withdraw(number, request.join.room, request.join.peer)))
         return request
 
     def _give_up(self, request: _Request, code: str, after_ms: int | None = None) -> None:
-        self.refuse(request.connection, code, request.join.room, request.id, None, after_ms)
+        self._refuse_message(request.connection, request.message, code, after_ms)
         request.connection.proceed()
 
     def tick(self, now: float) -> None:
@@ -435,9 +659,45 @@ class Hub:
             if now < request.until:
                 break
             self._give_up(self._withdraw(number), "backend_unavailable")
+        for number, kick in list(self._kicks.items()):
+            if now < kick.until:
+                break
+            self._end_kick(number, "backend_unavailable")
         while self._left and self._left[0][0] <= now:
             _, owner, member = self._left.popleft()
             owner.forget(member)
+
+    # ---- kicks
+
+    def _evicted(self, connection: Connection, room: str, reason: str) -> None:
+        """Its peer is out of that room, which all others know."""
+        if reason == "replaced":
+            connection.send_close(CloseCode.REPLACED)
+            return
+        connection.send(protocol.Left(room=room, payload=protocol.Reason(reason)).encode())
+        if not connection.rooms and not connection.is_waiting:
+            connection.send_close(CloseCode.KICKED)
+
+    def _on_evicted(self, owner: Neighbour, word: Evicted) -> None:
+        member = owner.find_member(word.n)
+        if member is not None:
+            self._relay.remove_member(member)
+            self._evicted(member.connection, member.room.name, word.reason)
+
+    def _on_kicked(self, owner: Neighbour, word: Kicked) -> None:
+        if word.request in self._kicks:
+            self._end_kick(word.request, None if word.was_there else "peer_unavailable")
+
+    def _end_kick(self, number: int, code: str | None) -> None:
+        kick = self._kicks.pop(number)
+        self._answer_kick(kick.connection, kick.message, code)
+
+    def _answer_kick(self, connection: Connection, message: Message, code: str | None) -> None:
+        if code is not None:
+            self.refuse(connection, code, message.room, message.id, message.recipients)
+        else:
+            room, recipient = _room_of(message), _recipient_of(message)
+            connection.send(protocol.Kicked(room=room, recipient=recipient, id=message.id).encode())
 
     # ---- links to other workers (the bus calls these)
 
@@ -466,6 +726,8 @@ class Hub:
         for number, request in list(self._requests.items()):
             if request.owner is neighbour:
                 self._give_up(self._withdraw(number), "backend_unavailable")
+        for number in [number for number, kick in self._kicks.items() if kick.owner is neighbour]:
+            self._end_kick(number, "backend_unavailable")
 
     def neighbour(self, address: Address) -> Neighbour:
         """That worker as this one knows it."""
@@ -482,7 +744,11 @@ class Hub:
             return  # our last peer there has left, which the owner has not heard yet
         entry = word.entry
         room.roster |= _kept([entry])
-        text = protocol.peer_joined(word.room, entry.peer, entry.n, entry.meta, word.trace)
+        self._introduce(owner, room, entry, word.trace)
+
+    def _introduce(self, owner: Neighbour, room: Room, entry: Entry, trace: str | None = None) -> None:
+        verified = self.rooms.shows_proof and entry.proof is not None
+        text = protocol.peer_joined(room.name, entry.peer, entry.n, entry.meta, trace, verified=verified)
         self._relay.publish(room, text, owner.find_member(entry.n))
 
     def _on_left(self, owner: Neighbour, word: Left) -> None:
@@ -495,7 +761,7 @@ class Hub:
         room = owner.find_room(word.room)
         entry = None if room is None else room.roster.get(word.n)
         if room is not None and entry is not None:
-            self._change(owner, room, Entry(entry.peer, word.n, word.meta.copy()))
+            self._change(owner, room, Entry(entry.peer, word.n, word.meta.copy(), entry.proof))
 
     def _change(self, owner: Neighbour, room: Room, entry: Entry) -> None:
         room.roster[entry.n] = entry
@@ -521,7 +787,7 @@ class Hub:
         for entry in word.members:
             known = before.get(entry.n)
             if known is None:
-                self._relay.publish(room, protocol.peer_joined(word.room, entry.peer, entry.n, entry.meta))
+                self._introduce(owner, room, entry)
             elif known.meta != entry.meta:
                 self._change(owner, room, entry)
 
@@ -557,7 +823,7 @@ class Hub:
         limit, now = self._limits.errors_per_5s, self._clock()
         if not limit:
             return False
-        record = _record(connection)
+        record = record_of(connection)
         times = record.errors or deque()
         if times.maxlen != limit + 1:  # its first error, or the limit is another than at its last
             times = record.errors = deque(times, maxlen=limit + 1)
@@ -566,7 +832,10 @@ class Hub:
 
     def _is_news(self, connection: Connection, report: int) -> bool:
         """Does this report (the hash of room, other peer, outcome) count? It is believed; but one peer is not many."""
-        now, reports = self._clock(), _record(connection).reports
+        now, record = self._clock(), record_of(connection)
+        reports = record.reports
+        if reports is None:
+            reports = record.reports = {}
         while reports and next(iter(reports.values())) <= now - REPORT_S:
             del reports[next(iter(reports))]
         if report in reports or len(reports) >= REPORTS:
@@ -575,27 +844,18 @@ class Hub:
         return True
 
 
-def _record(connection: Connection) -> _Record:
-    record: _Record | None = connection.context
-    if record is None:
-        record = connection.context = _Record()
-    return record
-
-
 def _ordinal(entry: Entry) -> int:
     return entry.n
 
 
 def _kept(members: Iterable[Entry]) -> dict[int, Entry]:
     """A roster by `n`. Metadata is copied: as it was read it is a part of the whole word, and keeps that."""
-    return {entry.n: Entry(entry.peer, entry.n, entry.meta.copy()) for entry in members}
+    return {entry.n: Entry(entry.peer, entry.n, entry.meta.copy(), entry.proof) for entry in members}
 
 
-def _settle(connection: Connection, peer: str) -> None:
-    """A join succeeded: the connection has its id, and may stay."""
-    if connection.peer is None:
-        connection.identify(peer)
-    connection.settle()
+def _others(room: Room) -> int:
+    """How many are in it, besides one of ours."""
+    return max((len(room) if room.owner is None else len(room.roster)) - 1, 0)
 
 
 def _check_sender(connection: Connection, sender: str | None) -> None:
@@ -603,16 +863,16 @@ def _check_sender(connection: Connection, sender: str | None) -> None:
         raise ProtocolError("identity_mismatch")
 
 
-def _refuse_token(token: str | None) -> None:
-    """No key is configured, so no token can be good; a token that is present and bad is refused (PROTOCOL §3)."""
-    if token is not None:
-        raise ProtocolError("unauthorized")
-
-
 def _room_of(message: Message) -> str:
     if message.room is None:
         raise ProtocolError("bad_message")
     return message.room
+
+
+def _recipient_of(message: Message) -> str:
+    if message.recipients is None or len(message.recipients) != 1:
+        raise ProtocolError("bad_message")
+    return message.recipients[0]
 
 
 def _membership(connection: Connection, name: str) -> Member:

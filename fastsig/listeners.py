@@ -154,9 +154,9 @@ def close_all(rows: Iterable[Iterable[socket.socket]]) -> None:
             listener.close()
 
 
-def url(sockaddr: Any, path: str) -> str:
+def url(sockaddr: Any, path: str, *, is_tls: bool = False) -> str:
     """Where a WebSocket client finds what listens at `sockaddr`, as `getsockname` gives it."""
-    return f"ws://{name(sockaddr)}{path}" if isinstance(sockaddr, tuple) else name(sockaddr)
+    return f"{'wss' if is_tls else 'ws'}://{name(sockaddr)}{path}" if isinstance(sockaddr, tuple) else name(sockaddr)
 
 
 def name(sockaddr: Any) -> str:

@@ -46,6 +46,7 @@ EVENTS: Final[dict[str, str]] = {
     "drain_late": "At the drain's deadline the workers of `slots` had not closed everybody; all end now.",
     "forced": "A second signal ends the server without waiting for its peers.",
     "stopped": "The server ends with exit code `code`.",
+    "plain_http": "`options` name another machine by plain HTTP: whoever is on the way decides in its place who joins.",
     # workers
     "worker_started": "A process was started for `slot`; `generation` counts the starts of the slot.",
     "worker_ready": "The worker of `slot` accepts connections, `seconds` after its start.",
@@ -66,7 +67,15 @@ EVENTS: Final[dict[str, str]] = {
     # a connection
     "descriptors_short": "Few of `limit` descriptors are left (ulimit -n): connections wait until a tenth is free.",
     "cannot_serve": "A connection was closed right after it was accepted, for `reason`.",
+    "certificate_loaded": "New connections get the certificate with this `serial`, which `expires` then.",
+    "certificate_unusable": "The TLS files were read again and cannot be used, for `reason`: the certificate with"
+    " `serial` holds, and they are tried every 30 s.",
+    "tls_failed": "TLS with a peer ended, for `reason`: in its handshake, if `is_handshake`. Said at debug level.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    # tokens
+    "keys_not_fetched": "The keys of the issuer at `host` could not be had, for `reason`: those known serve on.",
+    # the webhook
+    "webhook_failed": "The webhook at `host` did not decide so many `joins`, the last for `reason`; once a second.",
     "limit_hit": "Somebody at `address` (empty: unknown, or log.addresses is off) ran into `limit`. Of each address and"
     " limit one line a second: `left_out` such hits before it were not logged. `enforced` is false where limits.dry_run"
     " let it pass.",

@@ -59,19 +59,20 @@ class WelcomePayload(Struct, frozen=True):
 
 
 class Welcome(ServerMessage, tag="welcome", frozen=True):
-    """Answer to `hello`. `sender` is the peer id that is fixed from now on."""
+    """Answer to `hello`. `sender` is the peer id that is fixed from now on; None: the join decides."""
 
-    sender: str
     payload: WelcomePayload
+    sender: str | None = None
     id: str | None = None
 
 
-class RosterEntry(Struct, frozen=True):
-    """One peer of a room as the newcomer sees it."""
+class RosterEntry(Struct, frozen=True, omit_defaults=True):
+    """One peer of a room as the newcomer sees it. `verified`: its id comes from a token, where not all ids do."""
 
     sender: str
     n: int
     meta: Raw
+    verified: bool = False
 
 
 class Roster(Struct, frozen=True):
@@ -105,11 +106,12 @@ class Left(ServerMessage, tag="left", frozen=True):
 
 
 class Newcomer(Struct, frozen=True, omit_defaults=True):
-    """`trace`: the newcomer's W3C traceparent, if it gave one."""
+    """`trace`: the newcomer's W3C traceparent, if it gave one; `verified`: see `RosterEntry`."""
 
     n: int
     meta: Raw
     trace: str | None = None
+    verified: bool = False
 
 
 class PeerJoined(ServerMessage, tag="peer-joined", frozen=True):
@@ -155,6 +157,39 @@ class Pong(ServerMessage, tag="pong", frozen=True):
 
     payload: Raw | None = None
     id: str | None = None
+
+
+class Kicked(ServerMessage, tag="kicked", frozen=True):
+    """Answer to `kick`."""
+
+    room: str
+    recipient: str
+    id: str | None = None
+
+
+class Life(Struct, frozen=True, omit_defaults=True):
+    """`expires_in`: how many seconds the token is good, left out where it has no end."""
+
+    expires_in: int | None = None
+
+
+class Refreshed(ServerMessage, tag="refreshed", frozen=True):
+    """Answer to `refresh`."""
+
+    payload: Life
+    id: str | None = None
+
+
+class Rest(Struct, frozen=True):
+    """Seconds, rounded up."""
+
+    in_: int = msgspec.field(name="in")
+
+
+class TokenExpiring(ServerMessage, tag="token-expiring", frozen=True):
+    """The token ends soon."""
+
+    payload: Rest
 
 
 class Error(ServerMessage, tag="error", frozen=True):
@@ -206,6 +241,18 @@ class UpdatePayload(Struct, frozen=True):
     meta: Raw | UnsetType = UNSET
 
 
+class RefreshPayload(Struct, frozen=True):
+    """What `refresh` brings."""
+
+    token: str
+
+
+class KickPayload(Struct, frozen=True):
+    """What `kick` may bring: for how long that peer may not come back."""
+
+    seconds: Annotated[int, Meta(ge=0, le=86400)] = 60
+
+
 class ReportPayload(Struct, frozen=True, omit_defaults=True):
     """What `report` says of a peer connection. `ms`: how long it took; `local`, `remote`: the candidates in use."""
 
@@ -222,6 +269,8 @@ _HELLO = Decoder(HelloPayload)
 _JOIN = Decoder(JoinPayload)
 _UPDATE = Decoder(UpdatePayload)
 _REPORT = Decoder(ReportPayload)
+_REFRESH = Decoder(RefreshPayload)
+_KICK = Decoder(KickPayload)
 
 
 def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: list[str] | None,
@@ -233,9 +282,17 @@ def error(entry: ErrorEntry, *, room: str | None, id: str | None, recipients: li
     ).encode()  # fmt: skip
 
 
-def peer_joined(room: str, peer: str, n: int, meta: Raw, trace: str | None = None) -> bytes:
+def peer_joined(  # as the message has them
+    room: str, peer: str, n: int, meta: Raw, trace: str | None = None, *, verified: bool = False
+) -> bytes:
     """A `peer-joined`."""
-    return PeerJoined(room=room, sender=peer, payload=Newcomer(n=n, meta=meta, trace=trace)).encode()
+    payload = Newcomer(n=n, meta=meta, trace=trace, verified=verified)
+    return PeerJoined(room=room, sender=peer, payload=payload).encode()
+
+
+def token_expiring(seconds: int) -> bytes:
+    """A `token-expiring`."""
+    return TokenExpiring(payload=Rest(in_=seconds)).encode()
 
 
 def peer_left(room: str, peer: str, n: int, reason: str) -> bytes:
@@ -295,6 +352,16 @@ def read_update(payload: bytes | None, *, meta_bytes: int) -> bytes:
 def read_report(payload: bytes | None) -> ReportPayload:
     """Raises ProtocolError `bad_message`."""
     return _decode(_REPORT, payload)
+
+
+def read_refresh(payload: bytes | None) -> str:
+    """The new token. Raises ProtocolError `bad_message`."""
+    return _decode(_REFRESH, payload).token
+
+
+def read_kick(payload: bytes | None) -> int:
+    """For how many seconds. Raises ProtocolError `bad_message`."""
+    return _decode(_KICK, payload).seconds
 
 
 def _check_meta(meta: Raw, meta_bytes: int) -> None:

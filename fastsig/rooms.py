@@ -24,8 +24,11 @@ from .bus_messages import (
     Arrived,
     Done,
     Entry,
+    Evicted,
     Gone,
     Join,
+    Kick,
+    Kicked,
     Leave,
     Left,
     Probe,
@@ -41,6 +44,8 @@ from .config import Limits
 from .errors import ProtocolError
 from .routing import Address
 
+CROWD_AFTER_MS: Final = 1000  # what a crowd was refused may be tried again
+BANS: Final = 10_000  # of peers that were kicked; the oldest is forgotten for one more
 ID_TAKEN_AFTER_MS: Final = 6000  # PROTOCOL §3.2: by then the probe of the older connection has ended
 
 
@@ -53,10 +58,16 @@ class _Held(NamedTuple):
 
 
 class Rooms:
-    """The rooms of one worker. `generation` is its slot's: the ordinals of an earlier life are all smaller."""
+    """The rooms of one worker. `generation` is its slot's: the ordinals of an earlier life are all smaller.
 
-    def __init__(self, relay: Relay, limits: Limits, *, generation: int) -> None:
+    `hits(limit)`: one of `metrics.LIMITS` is reached, is it to be kept? `evicted(connection, room, reason)`: its peer
+    is out of that room, `replaced` or `kicked`.
+    """
+
+    def __init__(self, relay: Relay, limits: Limits, *, generation: int, clock: Callable[[], float],
+                 hits: Callable[[str], bool], evicted: Callable[[Connection, str, str], None]) -> None:  # fmt: skip
         self.limits = limits
+        self.shows_proof = True  # not all ids come from tokens
         self.is_gathering = False
         self.is_draining = False  # no more joins
         self.is_ending = False  # everybody goes at once: nobody is told about the others (n² messages)
@@ -65,10 +76,15 @@ class Rooms:
             Withdraw: self._on_withdraw,
             Leave: self._on_leave,
             Update: self._on_update,
+            Kick: self._on_kick,
             Announce: self._on_announce,
             Done: self._on_done,
         }
         self._relay = relay
+        self._clock = clock
+        self._hits = hits
+        self._evicted = evicted
+        self._bans: dict[tuple[str, str], float] = {}  # (room, peer) → until, the oldest first
         self._ordinals = routing.ordinals(generation)
         self._awaited: set[Address] = set()  # while gathering: who has not announced all yet
         self._announced: list[Neighbour] = []  # while gathering: who has
@@ -98,33 +114,78 @@ class Rooms:
         for one in held:
             one.proceed()
 
-    def check(self, name: str, peer: str) -> None:
-        """May `peer` become a member? Raises ProtocolError."""
-        room = self._relay.find_room(name)
+    def check(self, join: Join) -> None:
+        """May this peer become a member? One who has its id goes, if both prove it. Raises ProtocolError."""
+        room = self._relay.find_room(join.room)
+        if self._bans and self._bans.get((join.room, join.peer), 0.0) > self._clock():
+            raise ProtocolError("forbidden")
         if room is None:
-            if self.limits.rooms and self._relay.room_count >= self.limits.rooms:
+            if not join.may_create:
+                raise ProtocolError("forbidden")
+            if 0 < self.limits.rooms <= self._relay.room_count and self._hits("rooms"):
                 raise ProtocolError("limit_exceeded")
             return
-        holder = room.find(peer)
+        if self._relay.is_turn_spent(room):
+            self._hits("turn")
+            raise ProtocolError("rate_limited", after_ms=CROWD_AFTER_MS)
+        holder = room.find(join.peer)
         if holder is not None:
+            self._replace(holder, join)
+            return
+        if room.max_peers is not None and len(room) >= room.max_peers:
+            raise ProtocolError("room_full")
+        if 0 < self.limits.peers_per_room <= len(room) and self._hits("peers_per_room"):
+            raise ProtocolError("room_full")
+
+    def _replace(self, holder: Member, join: Join) -> None:
+        """By a join that is as good, and was not read before the holder's (PROTOCOL §3.2, the same id twice)."""
+        if join.proof is None or holder.proof != join.proof or join.read_at < holder.read_at:
             _probe(holder)
             raise ProtocolError("id_taken", after_ms=ID_TAKEN_AFTER_MS)
-        places = min(self.limits.peers_per_room or len(room) + 1, room.max_peers or len(room) + 1)
-        if len(room) >= places:
-            raise ProtocolError("room_full")
+        self.evict(holder, "replaced")
+
+    def evict(self, member: Member, reason: str) -> None:
+        """Out, whether it wants or not; the others hear why, and so does it."""
+        connection, home, room = member.connection, member.home, member.room.name
+        if home is not None:  # first: what the others there hear of it is not for itself
+            home.say(encode(Evicted(member.n, reason)))
+        self.remove(member, reason)
+        if home is None:
+            self._evicted(connection, room, reason)
+
+    def kick(self, name: str, peer: str, seconds: int) -> bool:
+        """Out, and not in again for so long. False: there is no such member."""
+        room = self._relay.find_room(name)
+        member = None if room is None else room.find(peer)
+        if member is None:
+            return False
+        self._bans.pop((name, peer), None)
+        if seconds:
+            self._bans[name, peer] = self._clock() + seconds
+        if len(self._bans) > BANS:
+            del self._bans[next(iter(self._bans))]
+        self.evict(member, "kicked")
+        return True
+
+    @property
+    def bans(self) -> int:
+        return len(self._bans)
 
     def add(self, join: Join, connection: Connection) -> Member:
         """The peer of `connection`, which was checked. `introduce` it once it has heard that it is in."""
         member = self._relay.add_member(join.room, connection, next(self._ordinals), bytes(join.meta))
-        _first_decides(member, join.max_peers)
+        _begin(member, join)
         return member
 
-    def introduce(self, member: Member, trace: str | None = None, *, knows: Neighbour | None = None) -> None:
-        """The others hear of the newcomer, but those of a worker that `knows`."""
+    def introduce(self, member: Member, trace: str | None = None, *, knows: Neighbour | None = None) -> int:
+        """The others hear of the newcomer, but those of a worker that `knows`. Gives the bytes of that for one."""
         room, meta = member.room, Raw(member.meta)
-        text = protocol.peer_joined(room.name, member.name, member.n, meta, trace)
-        word = encode(Arrived(room.name, Entry(member.name, member.n, meta), trace)) if room.guests else None
+        verified = self.shows_proof and member.proof is not None
+        text = protocol.peer_joined(room.name, member.name, member.n, meta, trace, verified=verified)
+        entry = Entry(member.name, member.n, meta, member.proof)
+        word = encode(Arrived(room.name, entry, trace)) if room.guests else None
         self._relay.publish(room, text, member, word, knows)
+        return len(text)
 
     def update(self, member: Member, meta: bytes) -> None:
         """New metadata; the others hear of it, and a guest's home: what it has as the roster is what we said."""
@@ -164,14 +225,14 @@ class Rooms:
                 raise ProtocolError("draining")
             if home.is_congested:  # the answer may be long
                 raise ProtocolError("backend_unavailable")
-            self.check(join.room, join.peer)
+            self.check(join)
         except ProtocolError as refusal:
             home.say(encode(Refused(join.request, refusal.entry.code, refusal.after_ms)))
             return
         room = self._relay.find_room(join.room)
         has_roster = room is not None and room.has_guest_of(home)
         member = self._relay.add_guest(join.room, home, join.peer, next(self._ordinals), bytes(join.meta), join.request)
-        _first_decides(member, join.max_peers)
+        _begin(member, join)
         roster = None if has_roster else entries(other for other in member.room.members if other is not member)
         home.say(encode(Admitted(join.request, join.room, member.n, roster, member.room.max_peers)))
         self.introduce(member, join.trace)
@@ -193,6 +254,9 @@ class Rooms:
         if member is not None:
             self.update(member, bytes(word.meta))
 
+    def _on_kick(self, home: Neighbour, word: Kick) -> None:
+        home.say(encode(Kicked(word.request, self.kick(word.room, word.peer, word.seconds))))
+
     def _on_announce(self, home: Neighbour, word: Announce) -> None:
         self._announcements.setdefault(home, []).append(word)
 
@@ -202,6 +266,7 @@ class Rooms:
         if home.find_guest(entry.n) is not None or (room is not None and room.find(entry.peer) is not None):
             return False
         member = self._relay.add_guest(word.room, home, entry.peer, entry.n, bytes(entry.meta))
+        member.proof = entry.proof
         _first_decides(member, word.max_peers)
         if not self.is_gathering:
             self.introduce(member, knows=home)
@@ -239,7 +304,12 @@ class Rooms:
 
 def entries(members: Iterable[Member]) -> list[Entry]:
     """As a word has them."""
-    return [Entry(member.name, member.n, Raw(member.meta)) for member in members]
+    return [Entry(member.name, member.n, Raw(member.meta), member.proof) for member in members]
+
+
+def _begin(member: Member, join: Join) -> None:
+    member.proof, member.read_at = join.proof, join.read_at
+    _first_decides(member, join.max_peers)
 
 
 def _first_decides(member: Member, max_peers: int | None) -> None:

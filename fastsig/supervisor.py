@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 import uvloop
 
-from . import __version__, config as options, control, cpus, listeners, logs, systemd
+from . import __version__, config as options, control, cpus, listeners, logs, systemd, tls
 from .config import Config
 from .control import (
     OVERTIME_S,
@@ -73,6 +73,7 @@ def run(config: Config, *, reload: Callable[[], Config] | None = None, worker: s
     signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)  # what comes before `Supervisor.run` can handle it waits until then
     control.check(config)
     _check_extra(config)
+    tls.check(config.server)
     logs.configure(config.log.level, config.log.format)
     slots: list[list[socket.socket]] = []
     operators: list[socket.socket] = []
@@ -411,7 +412,8 @@ class Supervisor:
         return service
 
     def _urls(self) -> list[str]:
-        return [listeners.url(bound, self._config.server.path) for bound in self._bound]
+        server = self._config.server
+        return [listeners.url(bound, server.path, is_tls=bool(server.tls_cert)) for bound in self._bound]
 
     # Messages and ends
 
@@ -470,6 +472,11 @@ class Supervisor:
         exposed = [listeners.name(bound) for bound in self._bound if not listeners.is_loopback(bound)]
         if exposed and not self._config.auth.required:
             _log.warning("open_mode", addresses=exposed)
+        self._warn_of_plain_http()
+
+    def _warn_of_plain_http(self) -> None:
+        if plain := options.plain_urls(self._config.auth):
+            _log.warning("plain_http", options=plain)
 
     def _handle_end(self, worker: Worker) -> None:
         del self._workers[worker.slot]
@@ -531,6 +538,8 @@ class Supervisor:
         try:
             reload = options.reload(self._config, self._reload())
             control.check(reload.config)
+            if any(key.startswith("server.tls_") for key in reload.changed):  # else workers keep what they have
+                tls.check(reload.config.server)
         except ConfigError as error:
             _log.error("reload_refused", reason=str(error))
             return
@@ -546,6 +555,7 @@ class Supervisor:
         if reload.needs_restart:
             _log.warning("needs_restart", options=reload.needs_restart)
         _log.info("reloaded", options=reload.changed)
+        self._warn_of_plain_http()
 
     def _drain(self, seconds: float) -> None:
         self._fleet.stop()

@@ -21,11 +21,15 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from urllib.parse import urlsplit
 
 import uvloop
 
-from . import logs, metrics
+from . import logs, metrics, tls
 from ._relay import Connection, Relay, Room
+from .admission import first_message_s, rates
+from .asker import Asker
+from .auth import KeySets, Verifier
 from .bus import Link
 from .bus_mesh import Mesh
 from .calls import Calls
@@ -54,7 +58,9 @@ from .control import (
 )
 from .entrance import Entrance
 from .errors import CloseCode, ConfigError, ExitCode, InvariantError
+from .fetch import Fetcher
 from .hub import Hub
+from .limits import address_key
 from .passing import Passing
 from .protocol import Departure, GoAway
 from .routing import Address, Place
@@ -79,8 +85,10 @@ HEAD_START: Final = 0.1  # of the drain: for so long before its close a client i
 LAG_WINDOW_S: Final = 10.0
 
 _BUGS: Final = metrics.index("internal_errors_total")
+_KEY_FETCHES: Final = metrics.indexes("key_fetches_total")
 _LAG: Final = metrics.histogram("loop_lag_seconds")
 _WORST_LAG: Final = metrics.index("worker_loop_lag_seconds")
+_EXPIRES: Final = metrics.index("tls_certificate_expires_seconds")
 _HOST: Final = ""  # the name of this node: there is one
 _T = TypeVar("_T")
 
@@ -150,13 +158,23 @@ class Worker:
         self._lag = Lag(self.relay)
         self._calls: Calls[Room] = Calls(self.relay)
         place = Place(Address(_HOST, boot.slot), boot.generation, boot.view)
-        self.hub = Hub(self.relay, limits, place=place)
+        self.hub = Hub(self.relay, limits, place=place, auth=boot.config.auth)
         self._edge = Edge(loop)
         self.relay.bind(self.hub, self._edge)
         self._entrance = Entrance(self.relay, boot.config)
         self.door = Door(
             self.relay, path=boot.config.server.path, echo_path=boot.config.server.echo_path, entrance=self._entrance
         )
+        self._fetcher = Fetcher()
+        self._key_sets = KeySets(self._fetcher.get, self._on_keys)
+        self._asker = Asker(self._fetcher.post, self.relay.count, self.relay.observe, group=address_key)
+        self.hub.asker = self._asker
+        self._verifier: Verifier | None = None
+        self._set_rules(boot.config)
+        self._refreshes: set[asyncio.Task[None]] = set()
+        self._credentials = tls.Credentials(boot.config.server) if boot.config.server.tls_cert else None
+        self.door.credentials = self._credentials
+        self.door.admission = self.hub.admission
         self._passing = Passing(loop, self.relay, self.hub, self.door)
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer
@@ -183,9 +201,14 @@ class Worker:
         self._loop.add_reader(self._channel.fileno(), self._on_control)
         self._tick()
         self._beat()
+        if self._credentials is not None:
+            self._look_at_certificate(self._credentials)
         _freeze()
         self._channel.send(Ready(pid=os.getpid()))
         await self._close_all(await self._stop)
+        await self._asker.close()
+        await self._key_sets.close()
+        await self._fetcher.close()
         await self._flush()
         return ExitCode.OK
 
@@ -283,7 +306,7 @@ class Worker:
 
     def _stats(self) -> dict[str, int]:
         tables = {"calls_watched": len(self._calls), "tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
-        return self.relay.stats() | self.hub.stats() | tables
+        return self.relay.stats() | self.hub.stats() | self._asker.stats() | tables
 
     # ---- what the mesh calls
 
@@ -319,10 +342,38 @@ class Worker:
         self._config = config
         logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
         self.relay.configure(**_for_relay(config))
-        self.hub.configure(config.limits)
+        try:
+            self._set_rules(config)
+        except ConfigError as error:  # the supervisor could read the files a moment ago
+            _log.warning("reload_refused", reason=str(error))
+        if self._credentials is not None:
+            self._credentials.configure(config.server)
+            self.relay.set(_EXPIRES, self._credentials.certificate.expires_at)
         self.door.configure(config)
         if self._tracer is not None:
             self._tracer.configure(config)
+
+    def _set_rules(self, config: Config) -> None:
+        """Who may connect and join, and how much. Raises ConfigError for keys that cannot be read."""
+        auth = config.auth
+        verifier = Verifier(auth, self._key_sets) if auth.keys or auth.jwks_url else None
+        self._verifier = verifier
+        self.hub.configure(config.limits, auth, verifier, self._key_sets)
+        self.hub.admission.names_addresses = config.log.addresses
+        self._asker.configure(auth, meta_bytes=config.limits.meta_bytes)
+
+    def _refresh_keys(self) -> None:
+        """Those of issuers that publish them: before the first token needs them, and now and then."""
+        now = time.time()
+        for source in [] if self._verifier is None else self._verifier.stale(now):
+            task = self._loop.create_task(self._key_sets.refresh(source, now))
+            self._refreshes.add(task)
+            task.add_done_callback(self._refreshes.discard)
+
+    def _on_keys(self, result: str, source: str, detail: str) -> None:
+        self.relay.count(_KEY_FETCHES[result])
+        if result != "fetched":
+            _log.warning("keys_not_fetched", host=urlsplit(source).hostname or "", reason=detail)
 
     def _on_orphaned(self) -> None:
         seconds = self._config.server.drain_seconds
@@ -350,6 +401,7 @@ class Worker:
         self._edge.retry()
         self.relay.tick(now)
         self.hub.tick(now)
+        self._refresh_keys()
         self._entrance.tick(now)
         self._calls.take(self.relay.take_seen())
         for room in self._calls.end(now):
@@ -361,6 +413,11 @@ class Worker:
         self._close_ended()
         with contextlib.suppress(OSError):  # the next one says it again
             self._channel.send(Heartbeat(is_full=self._is_full()))
+
+    def _look_at_certificate(self, credentials: tls.Credentials) -> None:
+        self._loop.call_later(tls.POLL_S, self._look_at_certificate, credentials)
+        credentials.poll()
+        self.relay.set(_EXPIRES, credentials.certificate.expires_at)
 
     def _is_full(self) -> bool:
         """Has this process no descriptor left for another connection?"""
@@ -463,7 +520,9 @@ def _for_relay(config: Config) -> dict[str, Any]:
         "message_bytes": limits.message_bytes,
         "output_bytes": limits.output_bytes,
         "handshake_s": limits.handshake_seconds,
-        "first_message_s": limits.first_message_seconds,
+        "first_message_s": first_message_s(config),
+        "rates": rates(config),
+        "is_dry_run": limits.dry_run,
         "watched_rooms": config.ops.watched_rooms,
         "trace_every": config.tracing.relay_sample if config.tracing.enabled else 0,
     }

@@ -3,7 +3,8 @@
 No fixed sleeps: conditions with deadlines. Only processes that were started here are ended here.
 
 A server has one worker, no operations port, and no limits per address, unless the test says otherwise. A module whose
-`WORKERS` is EVERY_COUNT has its tests that take `server` run with each of these numbers of workers.
+`WORKERS` is EVERY_COUNT has its tests that take `server` run with each of these numbers of workers; with TLS among
+them, also with two that speak TLS: `Server.dial` and `Server.trust` are for clients that are to work with both.
 
 FASTSIG_PYTHON names another interpreter to run the server with: `make wheel` tests the installed wheel in this way.
 """
@@ -15,6 +16,7 @@ import resource
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import textwrap
@@ -26,9 +28,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
+
+from .issuer import Issuer, Webhook
 
 START_S = 15.0
 STOP_S = 10.0
+TLS = "TLS"
 EVERY_COUNT = (1, 2, 4)  # of workers: alone, the least that share rooms, more than the machine may have cores
 PYTHON = os.environ.get("FASTSIG_PYTHON", sys.executable)
 NODE = Path(__file__).parent / "node"
@@ -102,9 +108,20 @@ def run_with(
 
 
 class Server:
-    """One server: where it listens, what it logs, and its end. `prefix`: a command that runs the one behind it."""
+    """One server: where it listens, what it logs, and its end. `prefix`: a command that runs the one behind it.
 
-    def __init__(self, *args: str, env: dict[str, str] | None = None, cwd: Path, prefix: Sequence[str] = ()) -> None:
+    `trust`: what its clients trust, if it speaks TLS.
+    """
+
+    def __init__(
+        self,
+        *args: str,
+        env: dict[str, str] | None = None,
+        cwd: Path,
+        prefix: Sequence[str] = (),
+        trust: ssl.SSLContext | None = None,
+    ) -> None:
+        self.trust = trust
         clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTSIG_")}
         self.runtime_dir = cwd / "run"
         self.workers = int(args[args.index("--workers") + 1]) if "--workers" in args else 1
@@ -164,7 +181,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/ws"
+        return f"{'wss' if self.trust else 'ws'}://127.0.0.1:{self.port}/ws"
+
+    def dial(self, timeout_s: float) -> socket.socket:
+        """A connection to it, with TLS if it speaks that."""
+        end = socket.create_connection(("127.0.0.1", self.port), timeout_s)
+        return self.trust.wrap_socket(end, server_hostname="127.0.0.1") if self.trust else end
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
         """End it; the exit code. After the deadline: by force, which is a failure of its own."""
@@ -193,8 +215,8 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """Start a server with these arguments; it listens when this returns."""
     with contextlib.ExitStack() as stack:
 
-        def start(*args: str, env: dict[str, str] | None = None) -> Server:
-            server = Server(*args, env=env, cwd=tmp_path)
+        def start(*args: str, env: dict[str, str] | None = None, trust: ssl.SSLContext | None = None) -> Server:
+            server = Server(*args, env=env, cwd=tmp_path, trust=trust)
             stack.callback(server.stop)
             server.wait_for("serving")
             return server
@@ -202,23 +224,59 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         yield start
 
 
+@pytest.fixture
+def webhook() -> Iterator[Webhook]:
+    """A webhook that allows everything until it is told otherwise."""
+    with Webhook() as one:
+        yield one
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    """An issuer of tokens with one key."""
+    with Issuer() as one:
+        yield one
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     counts = getattr(metafunc.module, "WORKERS", (1,))
     if "server" in metafunc.fixturenames and counts != (1,):
-        ids = [f"{count} workers" if count > 1 else "1 worker" for count in counts]
+        ids = [count if count == TLS else f"{count} workers" if count > 1 else "1 worker" for count in counts]
         metafunc.parametrize("server", counts, indirect=True, ids=ids, scope="session")
 
 
 @pytest.fixture(scope="session")
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with no options, for tests that need nothing else. Rooms are their own by the fixture `room`."""
-    shared = Server("--workers", str(getattr(request, "param", 1)), cwd=tmp_path_factory.mktemp("server"))
+    folder = tmp_path_factory.mktemp("server")
+    count = getattr(request, "param", 1)
+    if count == TLS:
+        authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+        shared = Server("--workers", "2", *certified(authority, folder), cwd=folder, trust=trusting(authority))
+    else:
+        shared = Server("--workers", str(count), cwd=folder)
     try:
         shared.wait_for("serving")
         yield shared
         assert shared.process.poll() is None, "the shared server did not live to the end"
     finally:
         assert shared.stop() == 0
+
+
+def certified(authority: trustme.CA, folder: Path, name: str = "127.0.0.1") -> tuple[str, ...]:
+    """Options of a server that speaks TLS, with a certificate for `name` in two files of this folder."""
+    certificate = authority.issue_cert(name)
+    chain, key = folder / "chain.pem", folder / "key.pem"
+    chain.write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+    certificate.private_key_pem.write_to_path(key)
+    return "--server.tls-cert", str(chain), "--server.tls-key", str(key)
+
+
+def trusting(authority: trustme.CA) -> ssl.SSLContext:
+    """What a client brings that trusts this authority and no other."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    return context
 
 
 @pytest.fixture

@@ -129,15 +129,15 @@ def test_variables_and_empty_ones(served: Any, monkeypatch: pytest.MonkeyPatch) 
 
 def test_lists_in_flags_are_given_in_any_way(served: Any) -> None:
     words = ("--server.origins", "::1", "::2", "--server.trusted-proxies", "::1 ::2")
-    others = ("--turn.urls", "::1", "--turn.urls", "::2", "--auth.keys", '["::1", "::2"]')
-    keys = ("server.origins", "server.trusted_proxies", "turn.urls", "auth.keys")
+    others = ("--turn.urls", "::1", "--turn.urls", "::2", "--auth.revoked", '["::1", "::2"]')
+    keys = ("server.origins", "server.trusted_proxies", "turn.urls", "auth.revoked")
     assert served(*words, *others) == build(dict.fromkeys(keys, ("::1", "::2")))
 
 
 def test_flag_switches_off_what_a_variable_switched_on(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LIMITS_DRY_RUN", "TRACING_ENABLED", "AUTH_REQUIRED"):
+    for name in ("LIMITS_DRY_RUN", "TRACING_ENABLED", "AUTH_WEBHOOK_FAILS_OPEN"):
         monkeypatch.setenv(f"FASTSIG_{name}", "yes")
-    assert served("--limits.no-dry-run", "--tracing.enabled=false") == build({"auth.required": True})
+    assert served("--limits.no-dry-run", "--tracing.enabled=false") == build({"auth.webhook_fails_open": True})
 
 
 def test_file_is_named_by_flag_or_variable(served: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -227,6 +227,13 @@ def test_check_lists_unknown_variables_and_fails_when_strict(
     assert cli.main(["config", "check", "--strict"]) == 1
 
 
+def test_check_reads_the_files_of_tls(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    files = ["--server.tls-cert", str(tmp_path / "chain.pem"), "--server.tls-key", str(tmp_path / "key.pem")]
+    assert cli.main(["config", "check", *files]) == 2
+    complaint = f"server.tls_cert = {tmp_path / 'chain.pem'}: it cannot be read: No such file or directory"
+    assert capsys.readouterr().err == f"fastsig: {complaint}\n"
+
+
 def test_print_shows_values_as_toml_with_their_sources(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -306,7 +313,7 @@ def test_health_fails_in_one_line(
     assert capsys.readouterr().err == f"fastsig: {says}\n"
 
 
-@pytest.mark.parametrize("url", ["https://a", "localhost:8080", "http://[::1", "http://a:x"])
+@pytest.mark.parametrize("url", ["ftp://a", "localhost:8080", "http://[::1", "http://a:x"])
 def test_health_refuses_what_it_cannot_ask(url: str) -> None:
     with pytest.raises(ConfigError, match="--url: expected http://host:port"):
         cli.health(url=url)

@@ -3,6 +3,7 @@
 import asyncio
 import http.client
 import json
+import os
 import re
 import socket
 import subprocess
@@ -16,11 +17,11 @@ import pytest
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from tests.e2e.conftest import EVERY_COUNT, Server
+from tests.e2e.conftest import EVERY_COUNT, TLS, Server
 
 ANSWER_S = 5.0
 MESSAGE_BYTES = 65536
-WORKERS = EVERY_COUNT
+WORKERS = (*EVERY_COUNT, TLS)
 
 Message = dict[str, Any]
 
@@ -70,7 +71,7 @@ class Peer:
 
 @asynccontextmanager
 async def peer(server: Server, **options: Any) -> AsyncIterator[Peer]:
-    async with connect(server.url, proxy=None, **options) as websocket:
+    async with connect(server.url, proxy=None, ssl=server.trust, **options) as websocket:
         yield Peer(websocket)
 
 
@@ -141,8 +142,10 @@ async def test_session_of_the_protocol_reads_as_it_is_printed_there(server: Serv
 
 def test_session_with_the_node_client(server: Server, node: Path) -> None:
     run = subprocess.run(
-        ["node", str(node / "session.js"), server.url], capture_output=True, text=True, timeout=20, check=False
-    )
+        ["node", str(node / "session.js"), server.url],
+        env=os.environ | {"NODE_TLS_REJECT_UNAUTHORIZED": "0", "NODE_NO_WARNINGS": "1"},
+        capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     opened, *lines = map(json.loads, run.stdout.splitlines())
     assert opened == {"name": "client1", "protocol": "fastsig.v1.json", "extensions": ""}
@@ -372,7 +375,7 @@ def _read_head(stream: socket.SocketIO) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize("piece", [10_000, 7], ids=["at once", "in pieces"])
 def test_handshake_of_firefox(server: Server, room: str, piece: int) -> None:
     request = FIREFOX.format(host=f"127.0.0.1:{server.port}").encode("ascii")
-    with socket.create_connection(("127.0.0.1", server.port), ANSWER_S) as raw, raw.makefile("rb", 0) as stream:
+    with server.dial(ANSWER_S) as raw, raw.makefile("rb", 0) as stream:
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for at in range(0, len(request), piece):
             raw.sendall(request[at : at + piece])
@@ -394,7 +397,7 @@ def test_handshake_of_firefox(server: Server, room: str, piece: int) -> None:
 def test_first_message_may_come_with_the_handshake(server: Server, room: str) -> None:
     request = FIREFOX.format(host=f"127.0.0.1:{server.port}").encode("ascii")
     join = _masked(1, json.dumps({"type": "join", "room": room, "sender": "fox"}).encode())
-    with socket.create_connection(("127.0.0.1", server.port), ANSWER_S) as raw, raw.makefile("rb", 0) as stream:
+    with server.dial(ANSWER_S) as raw, raw.makefile("rb", 0) as stream:
         raw.sendall(request + join)
         assert _read_head(stream)[0].startswith("HTTP/1.1 101 ")
         assert json.loads(_read_frame(stream)[1])["type"] == "joined"
@@ -403,9 +406,9 @@ def test_first_message_may_come_with_the_handshake(server: Server, room: str) ->
 def test_half_a_message_and_a_lost_client_leave_nobody_behind(server: Server, room: str) -> None:
     request = FIREFOX.format(host=f"127.0.0.1:{server.port}").encode("ascii")
     join = json.dumps({"type": "join", "room": room, "sender": "fox"}).encode()
-    with socket.create_connection(("127.0.0.1", server.port), ANSWER_S) as raw:
+    with server.dial(ANSWER_S) as raw:
         raw.sendall(request + _masked(1, join) + _masked(1, b'{"type":"mess', is_final=False))
-    with socket.create_connection(("127.0.0.1", server.port), ANSWER_S) as raw, raw.makefile("rb", 0) as stream:
+    with server.dial(ANSWER_S) as raw, raw.makefile("rb", 0) as stream:
         raw.sendall(request)
         assert _read_head(stream)[0].startswith("HTTP/1.1 101 ")
         deadline = time.monotonic() + ANSWER_S
@@ -434,7 +437,8 @@ async def test_known_subprotocol_is_chosen_and_compression_is_not(server: Server
 
 
 def _request(server: Server, method: str, path: str) -> tuple[int, http.client.HTTPMessage, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=ANSWER_S)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.sock = server.dial(ANSWER_S)
     try:
         connection.request(method, path)
         response = connection.getresponse()

@@ -1,18 +1,23 @@
 """The edge with real sockets, in a loop in this process, under fake time: endings that are heard, and read buffers that
-become small again while bytes keep coming."""
+become small again while bytes keep coming. All of it without TLS, and with."""
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 from fastsig import metrics
 from fastsig._relay import Connection, Relay
-from fastsig.config import Limits
+from fastsig.config import Limits, Server
 from fastsig.connection import Door, Edge
 from fastsig.hub import Hub
+from fastsig.tls import Credentials
+from tests.e2e.conftest import certified, trusting
 from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
 PING_S = 25.0
@@ -29,10 +34,82 @@ class CountingEdge(Edge):
         self.renewals += 1
 
 
+class Wire:
+    """The client's end of a connection."""
+
+    has_ended_well = True
+
+    def __init__(self, end: socket.socket) -> None:
+        self.end = end
+
+    async def start(self, reads_after_s: float = 0) -> None:
+        """From here on bytes are what the server's connection says and hears."""
+
+    def put(self, data: bytes) -> None:
+        """All is with the kernel before the loop runs."""
+        assert self.end.send(data) == len(data)
+
+    async def send(self, data: bytes) -> None:
+        await asyncio.get_running_loop().sock_sendall(self.end, data)
+
+    async def receive(self) -> bytes:
+        """What is there; nothing: the server has no more to say. Raises ConnectionResetError when it is cut off."""
+        return await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.end, 1 << 20), 10)
+
+
+class TlsWire(Wire):
+    """The same with TLS."""
+
+    def __init__(self, end: socket.socket, context: ssl.SSLContext) -> None:
+        super().__init__(end)
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.object = context.wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
+        self.has_ended_well = False  # close_notify came
+
+    async def start(self, reads_after_s: float = 0) -> None:
+        while True:
+            try:
+                self.object.do_handshake()
+            except ssl.SSLWantReadError:
+                await super().send(self._outgoing.read())
+                await asyncio.sleep(reads_after_s)
+                reads_after_s = 0
+                self._incoming.write(await super().receive())
+            else:
+                await super().send(self._outgoing.read())
+                return
+
+    def _sealed(self, data: bytes) -> bytes:
+        for at in range(0, len(data), 16384):
+            self.object.write(data[at : at + 16384])
+        return self._outgoing.read()
+
+    def put(self, data: bytes) -> None:
+        super().put(self._sealed(data))
+
+    async def send(self, data: bytes) -> None:
+        await super().send(self._sealed(data))
+
+    async def receive(self) -> bytes:
+        while True:
+            try:
+                data = self.object.read(1 << 20)
+            except ssl.SSLWantReadError:
+                more = await super().receive()
+                if not more:
+                    return b""
+                self._incoming.write(more)
+            else:
+                self.has_ended_well = not data
+                return data
+
+
 class Node:
     """A worker's edge and relay, and one connection to its echo."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, credentials: Credentials | None = None, trust: ssl.SSLContext | None = None, send_bytes: int = 0
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.now = 1000.0
         limits = Limits()
@@ -44,12 +121,17 @@ class Node:
         self.edge = CountingEdge(loop)
         self.relay.bind(self.hub, self.edge)
         self.door = Door(self.relay, path="/ws", echo_path="/echo")
+        self.door.credentials = credentials
         with socket.create_server(("127.0.0.1", 0)) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)  # more than one read takes
+            if send_bytes:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
             self.client = socket.create_connection(listener.getsockname())
             accepted, _ = listener.accept()
         self.client.setblocking(False)
         self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.wire = Wire(self.client) if trust is None else TlsWire(self.client, trust)
+        self.send = self.wire.send
         self.door.serve(accepted.detach())
 
     async def start(self) -> None:
@@ -57,18 +139,15 @@ class Node:
         await self.send(HEAD.format(target="/echo").encode())
         answer = b""
         while b"\r\n\r\n" not in answer:
-            answer += await asyncio.get_running_loop().sock_recv(self.client, 4096)
+            answer += await self.wire.receive()
         assert answer.startswith(b"HTTP/1.1 101 ")
-
-    async def send(self, data: bytes) -> None:
-        await asyncio.get_running_loop().sock_sendall(self.client, data)
 
     async def expect(self, *frames: tuple[int, bytes]) -> None:
         """These frames come, and nothing else before or between."""
         wanted = b"".join(frame(opcode, payload, masked=False) for opcode, payload in frames)
         got = b""
         while len(got) < len(wanted):
-            part = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.client, 1 << 20), 10)
+            part = await self.wire.receive()
             assert part, "the connection ended"
             got += part
         assert got == wanted
@@ -76,8 +155,9 @@ class Node:
     async def read_all(self) -> bytes:
         """What comes until the server has nothing more to say. Raises ConnectionResetError when it is cut off."""
         got = b""
-        while part := await asyncio.wait_for(asyncio.get_running_loop().sock_recv(self.client, 1 << 20), 10):
+        while part := await self.wire.receive():
             got += part
+        assert self.wire.has_ended_well
         return got
 
     async def ping(self) -> None:
@@ -112,10 +192,16 @@ class Node:
         assert self.buffer_bytes > 60_000
 
 
-@pytest.fixture
-async def stranger() -> AsyncIterator[Node]:
-    """A TCP connection, nothing sent yet."""
-    node = Node()
+@pytest.fixture(params=[False, True], ids=["plain", "TLS"])
+async def stranger(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Node]:
+    """A connection, nothing sent yet but what TLS needs."""
+    if request.param:
+        authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+        _, chain, _, key = certified(authority, tmp_path)
+        node = Node(Credentials(Server(tls_cert=chain, tls_key=key)), trusting(authority))
+    else:
+        node = Node()
+    await node.wire.start()
     yield node
     node.client.close()
     while node.relay.connections:  # noqa: ASYNC110 # the loop reads the end of it
@@ -219,6 +305,33 @@ async def test_bytes_that_wait_in_the_kernel_are_read_into_the_new_buffer(node: 
     full = b"".join(frame(TEXT, text) for text in large) + frame(PONG)
     assert len(full) == size
     data = full + b"".join(frame(TEXT, text) for text in small)
-    assert node.client.send(data) == len(data), "all is with the kernel before the loop runs"
+    node.wire.put(data)
     await node.expect(*((TEXT, text) for text in large + small))
     assert node.edge.renewals == 1
+
+
+def _long_chain(authority: trustme.CA, folder: Path) -> Credentials:
+    """More than the kernel takes of one who does not read: on loopback that is a whole segment, some 64 KiB."""
+    _, chain, _, key = certified(authority, folder)
+    Path(chain).write_bytes(Path(chain).read_bytes() + 190 * authority.cert_pem.bytes())
+    return Credentials(Server(tls_cert=chain, tls_key=key))
+
+
+async def test_handshake_of_tls_that_the_kernel_takes_piece_by_piece_is_whole(tmp_path: Path) -> None:
+    """A chain of certificates that is longer than what the socket holds, for a client that begins to read late."""
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    node = Node(_long_chain(authority, tmp_path), trusting(authority), send_bytes=4096)
+    node.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16384)
+    starting = asyncio.create_task(node.wire.start(reads_after_s=0.2))
+    refused = 0
+    while not starting.done():
+        for connection in node.relay.all_connections():
+            refused = max(refused, len(connection.transport._unsent))
+        await asyncio.sleep(0.001)
+    assert refused, "the kernel took all of it"
+    await node.start()
+    await node.send(frame(TEXT, b"x" * 60_000))
+    await node.expect((TEXT, b"x" * 60_000))
+    node.client.close()
+    while node.relay.connections:  # noqa: ASYNC110 # the loop reads the end of it
+        await asyncio.sleep(0.001)

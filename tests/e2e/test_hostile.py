@@ -8,14 +8,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+import trustme
 import websockets
 
 from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
-from .conftest import EVERY_COUNT, Server, free_port
+from .conftest import EVERY_COUNT, TLS, Server, certified, free_port, trusting
 
 MIB = 1 << 20
 
@@ -39,6 +41,8 @@ def connect(server: Server, *, receive_bytes: int = 0) -> socket.socket:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
     client.settimeout(10)
     client.connect(("127.0.0.1", server.port))
+    if server.trust is not None:
+        client = server.trust.wrap_socket(client, server_hostname="127.0.0.1")
     client.sendall(HEAD.format(target="/ws").encode())
     answer = b""
     while b"\r\n\r\n" not in answer:
@@ -89,13 +93,23 @@ def test_burst_of_small_frames_leaves_little_behind(serve: Callable[..., Server]
     assert kept < len(clients) * 400_000
 
 
-@pytest.mark.parametrize("workers", EVERY_COUNT)
-async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(serve: Callable[..., Server], workers: int) -> None:
-    server = serve("--workers", str(workers))
+@pytest.mark.parametrize("workers", [*EVERY_COUNT, TLS])
+async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(
+    serve: Callable[..., Server], tmp_path: Path, workers: int | str
+) -> None:
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    if workers == TLS:
+        server = serve(*certified(authority, tmp_path), trust=trusting(authority))
+    else:
+        server = serve("--workers", str(workers))
     slow = connect(server)
     slow.sendall(frame(TEXT, '{"type":"join","room":"r","sender":"slow"}'))
     assert b'"joined"' in await asyncio.to_thread(slow.recv, 4096)
-    async with websockets.connect(server.url) as reader, websockets.connect(server.url) as speaker:
+    options: dict[str, Any] = {"ssl": server.trust, "proxy": None}
+    async with (
+        websockets.connect(server.url, **options) as reader,
+        websockets.connect(server.url, **options) as speaker,
+    ):
         for client, name in ((reader, "reader"), (speaker, "speaker")):
             await client.send(json.dumps({"type": "join", "room": "r", "sender": name}))
             assert json.loads(await client.recv())["type"] == "joined"
@@ -113,11 +127,9 @@ async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(serve: Callabl
         assert message["sender"] == "slow"
         assert message["payload"]["reason"] == "lost"
         assert sorted(delays)[len(delays) // 2] < 0.1
-    data = b""
-    while part := await asyncio.to_thread(slow.recv, 1 << 20):
-        data += part
+    with slow, slow.makefile("rb") as stream:
+        data = await asyncio.to_thread(stream.read)
     assert data.endswith(b"\x88\x02" + (4003).to_bytes(2, "big"))
-    slow.close()
 
 
 @pytest.mark.parametrize("signals", [1, 2])

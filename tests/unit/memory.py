@@ -13,18 +13,23 @@ from typing import Any
 
 from fastsig import metrics
 from fastsig._relay import Connection, Relay, Room
+from fastsig.admission import RATES
+from fastsig.auth import Verifier
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
-from fastsig.config import Config, Limits, Server
+from fastsig.config import Auth, Config, Limits, Server
 from fastsig.connection import Discard, Door, Handshake, new_websocket
 from fastsig.entrance import Entrance
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View
+from fastsig.webhook import Decision, Question
 
 HEAD = (
     "GET {target} HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
     "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
 )
+OFF = (*RATES, "joins_per_s", "connections_per_address", "connects_per_s_per_address")  # unless they are given
+UNIX = 1e9 - 1000  # from the clock of a host to unix time
 TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
 MASK = b"\x37\xfa\x21\x3d"
 
@@ -44,6 +49,11 @@ def frame(opcode: int, payload: bytes | str = b"", *, fin: bool = True, rsv: int
         return head + data
     mask = int.from_bytes((MASK * (len(data) // 4 + 1))[: len(data)], "big")
     return head + MASK + (int.from_bytes(data, "big") ^ mask).to_bytes(len(data), "big")
+
+
+def frame_of(**message: Any) -> bytes:
+    """One message as a client sends it."""
+    return frame(TEXT, json.dumps(message))
 
 
 def parse_frames(data: bytes) -> list[tuple[int, bytes]]:
@@ -140,36 +150,77 @@ class Edge:
         transport.abort()
 
 
+class Asked:
+    """A question that is on its way."""
+
+    is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class Webhook:
+    """Stands where an asker stands; the test decides."""
+
+    is_wanted = True
+
+    def __init__(self, known: Decision | None) -> None:
+        self.asked: list[tuple[Question, Callable[[Decision], None], Asked]] = []
+        self._known = known
+
+    def ask(self, question: Question, done: Callable[[Decision], None]) -> Asked:
+        self.asked.append((question, done, Asked()))
+        if self._known is not None:
+            done(self._known)
+        return self.asked[-1][2]
+
+
 class Host:
-    """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it."""
+    """A worker in memory. Needs a running event loop, because picows asks for one; nothing ever runs on it.
+
+    Rates are off unless they are given by their names in `limits`. `auth`: as configured, with keys in `auth.keys`.
+    """
 
     def __init__(self, *, ping_s: float = 25.0, handshake_s: float = 10.0, first_message_s: float = 60.0,
-                 output_bytes: int = 1 << 20, place: Place = Place(),  # noqa: B008
+                 output_bytes: int = 1 << 20, place: Place = Place(), auth: Auth = Auth(),  # noqa: B008
                  server: Server = Server(), **limits: Any) -> None:  # fmt: skip  # noqa: B008
         self.now = 1000.0
         self.place = place
         self.soon: deque[Callable[[], None]] = deque()
-        self.limits = Limits(**({"connections_per_address": 0, "connects_per_s_per_address": 0} | limits))
+        self.limits = Limits(**dict.fromkeys(OFF, 0) | limits)
         self.slab = bytearray(metrics.SLAB_BYTES)
         self.relay = Relay(
             call_soon=self.soon.append, clock=lambda: self.now, counters=self.slab,
             message_bytes=self.limits.message_bytes, output_bytes=output_bytes,
             handshake_s=handshake_s, first_message_s=first_message_s, ping_s=ping_s,
+            rates={name: getattr(self.limits, name) for name in RATES}, is_dry_run=self.limits.dry_run,
         )  # fmt: skip
         self.made_ids = 0
         self.hub = Hub(
             self.relay, self.limits, place=place,
-            clock=lambda: self.now, unix_clock=lambda: 1e9, make_id=self._make_id,
+            clock=lambda: self.now, unix_clock=lambda: UNIX + self.now, make_id=self._make_id, auth=auth,
         )  # fmt: skip
+        self.hub.configure(self.limits, auth, Verifier(auth) if auth.keys else None)
         self.calls: Calls[Room] = Calls(self.relay)
         self.edge = Edge()
         self.relay.bind(self.hub, self.edge)
         entrance = Entrance(self.relay, Config(server=server, limits=self.limits), clock=lambda: self.now)
         self.door = Door(self.relay, path="/ws", echo_path="/echo", entrance=entrance)
+        self.door.admission = self.hub.admission
 
     def _make_id(self) -> str:
         self.made_ids += 1
         return f"made-{self.made_ids}"
+
+    def configure_auth(self, auth: Auth) -> None:
+        """What a reload brings."""
+        self.hub.configure(self.limits, auth, Verifier(auth))
+
+    def ask_webhook(self, known: Decision | None = None) -> "list[tuple[Question, Callable[[Decision], None], Asked]]":
+        """From here on joins are asked about: what was, whom to tell, and whether that is still wanted."""
+        asker = Webhook(known)
+        self.hub.asker = asker
+        return asker.asked
 
     def counted(self) -> dict[str, int]:
         """What the worker has counted, without what is 0: totals by family, and series (`metrics.summary`)."""
@@ -295,7 +346,7 @@ class Client:
 
     def say(self, text: str | None = None, /, **message: Any) -> None:
         """Send one message, given as text or as fields."""
-        self.feed(frame(TEXT, text if text is not None else json.dumps(message)))
+        self.feed(frame_of(**message) if text is None else frame(TEXT, text))
 
     def take_bytes(self) -> bytes:
         """What the server sent since the last time."""

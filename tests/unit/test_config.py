@@ -98,6 +98,51 @@ def test_largest_values_reach_a_worker_unchanged() -> None:
     assert msgspec.json.decode(msgspec.json.encode(sent), type=Config) == sent
 
 
+@pytest.mark.parametrize("key", ["auth_webhook_url", "auth_jwks_url"])
+@pytest.mark.parametrize(
+    "url",
+    ["auth.example.com", "ftp://auth.example.com", "https://", "https://[::1", "https://a:99999", "https://a:0",
+     "https://a b/", "https://ä.example", "file:///etc/passwd", "https://a/\nX: y"],
+)  # fmt: skip
+def test_url_that_cannot_be_asked_is_refused(key: str, url: str) -> None:
+    assert "https://auth.example.com/path" in refusal(**{key: url, "auth_webhook_secret": "s" * 32})
+
+
+def test_of_several_issuers_each_has_its_name() -> None:
+    a, b = "https://a.example/jwks", "HTTPS://b.example/jwks?x=https://c.example"
+    for urls in (f"{a} {b}", f"us={a} {b}", f"us={a} us={b}"):
+        assert "ISSUER=https://" in refusal(auth_jwks_url=urls)
+    made = checked(auth_jwks_url=f"https://a.example/={a} {b}", auth_issuer="us").auth
+    assert config.key_sources(made) == [("https://a.example/", a), ("us", b)]
+    assert [source.name for source in config.key_sources(checked(auth_jwks_url=a).auth)] == [a]
+    assert "https://auth.example.com/path" in refusal(auth_jwks_url=f"us={a} them=ftp://x")
+    assert config.plain_urls(checked(auth_jwks_url=f"us={a} them=http://10.0.0.1/").auth) == ["auth.jwks_url"]
+
+
+@pytest.mark.parametrize("secret", ["", "s" * 31])
+def test_webhook_needs_a_secret_that_cannot_be_guessed(secret: str) -> None:
+    said = refusal(auth_webhook_url="https://auth.example.com", auth_webhook_secret=secret)
+    assert "auth.webhook_secret" in said and "openssl rand -hex 32" in said and "sss" not in said
+    checked(auth_webhook_url="https://auth.example.com", auth_webhook_secret="s" * 32)
+
+
+def test_bounds_that_are_no_whole_numbers_are_said_exactly() -> None:
+    assert "expected 0.1 to 4.5" in refusal(auth_webhook_seconds=0.0)
+    assert "expected 1 to 4096" in refusal(auth_webhook_concurrency=0)
+
+
+@pytest.mark.parametrize(
+    ("url", "is_plain"),
+    [
+        ("http://auth.example.com/", True), ("http://10.0.0.1:80/", True), ("https://auth.example.com/", False),
+        ("http://localhost:3000/", False), ("http://127.0.0.9/", False), ("http://[::1]:80/", False), ("", False),
+        ("http://127.0.0.1.example.com/", True), ("HTTP://auth.example.com/", True), ("http://localhost@x.org/", True),
+    ],
+)  # fmt: skip
+def test_plain_http_to_another_machine_is_told(url: str, *, is_plain: bool) -> None:
+    assert config.plain_urls(build({"auth.webhook_url": url}).auth) == (["auth.webhook_url"] if is_plain else [])
+
+
 def test_config_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().server.port = 1  # type: ignore[misc]
@@ -359,7 +404,8 @@ def test_reload_of_the_same_changes_nothing() -> None:
 
 
 def test_every_option_either_reloads_or_needs_a_restart() -> None:
-    running = build({"server.tls_cert": "/c", "server.tls_key": "/k"})  # neither may stand alone
+    pairs = {"server.tls_cert": "/c", "server.tls_key": "/k", "auth.webhook_secret": "s" * 32}  # none stands alone
+    running = build(pairs)
     values = {option.key: option.value_in(running) for option in OPTIONS}
     for option in OPTIONS:
         found = config.reload(running, build(values | {option.key: _other(option)}))
@@ -367,8 +413,17 @@ def test_every_option_either_reloads_or_needs_a_restart() -> None:
         assert (found.changed, found.needs_restart) == keys
 
 
+@pytest.mark.parametrize("is_on", [False, True])
+def test_tls_is_switched_on_and_off_by_a_restart_alone(is_on: bool) -> None:  # noqa: FBT001 # a parameter of the test
+    on = build({"server.tls_cert": "/c", "server.tls_key": "/k"})
+    found = config.reload(*(on, build({})) if is_on else (build({}), on))
+    assert (found.changed, found.needs_restart) == ([], ["server.tls_cert", "server.tls_key"])
+
+
 def _other(option: Option) -> Any:
     """A usable value that is not the default."""
+    if option.key in {"auth.jwks_url", "auth.webhook_url"}:
+        return "https://auth.example.com"
     if option.key == "server.origins":
         return ("https://a.example",)
     if option.choices:

@@ -267,7 +267,7 @@ async def test_without_an_echo_path_there_is_none(host: Host) -> None:
     assert client.take_bytes().startswith(b"HTTP/1.1 404 ")
 
 
-@pytest.mark.parametrize("offer", ["fastsig.v1.json", "other, fastsig.v1.json", "fastsig.v1.json, bearer.a.b.c"])
+@pytest.mark.parametrize("offer", ["fastsig.v1.json", "other, fastsig.v1.json"])
 async def test_subprotocol_is_chosen_when_it_is_offered(host: Host, offer: str) -> None:
     head = HEAD.format(target="/ws").replace("Upgrade: w", f"Sec-WebSocket-Protocol: {offer}\r\nUpgrade: w")
     status, _, headers, _ = ask(host, head.encode())

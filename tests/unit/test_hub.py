@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fastsig import metrics
+from fastsig._relay import Connection
 from fastsig.config import Limits
 from fastsig.errors import CloseCode
 from fastsig.hub import Hub
@@ -150,12 +151,13 @@ async def test_peer_without_a_sender_gets_an_id_from_the_server(host: Host) -> N
 
 async def test_made_ids_are_128_random_bits(host: Host) -> None:
     hub = Hub(host.relay, host.limits)
-    made = {hub._make_id() for _ in range(100)}
+    made = {hub.admission.peer(Connection(host.relay), None, None) for _ in range(100)}
     assert len(made) == 100
     assert all(len(peer) == 22 and peer.isascii() and peer.isprintable() for peer in made)
 
 
-async def test_hello_fixes_the_identity_and_comes_once_and_first(host: Host) -> None:
+async def test_hello_fixes_the_identity_and_comes_once_and_first() -> None:
+    host = Host(messages_per_s=50, message_burst=200)
     a = host.connect()
     a.say(type="hello", sender="a", payload={"caps": ["ack", "session", "seq", "x"], "client": "test/1"})
     (welcome,) = a.take()

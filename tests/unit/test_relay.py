@@ -679,3 +679,21 @@ async def test_dead_connections_are_freed(host: Host) -> None:
         assert gone() is None, "a cycle keeps the connection until the garbage collector runs"
     finally:
         gc.enable()
+
+
+async def test_dead_slow_reader_is_freed_at_once() -> None:
+    """Found by the fuzz target `frames`: one above the output limit was kept until the next tick."""
+    host = Host(output_bytes=1000)
+    slow, b = host.join("slow"), host.join("b")
+    slow.transport.accepts = 0
+    b.say(type="message", room="r", payload="x" * 2000)
+    (connection,) = host.edge.blocked
+    gone = weakref.ref(connection)
+    gc.disable()
+    try:
+        slow.vanish()
+        slow.transport.protocol = None
+        del connection, slow
+        assert gone() is None, "the relay keeps a connection that is lost"
+    finally:
+        gc.enable()

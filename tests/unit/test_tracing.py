@@ -20,7 +20,7 @@ from fastsig.protocol import read_traceparent
 from fastsig.routing import Address, Place, View
 from fastsig.tracing import Tracer
 
-from .memory import HEAD, TEXT, Client, Cluster, Host, frame
+from .memory import HEAD, Client, Cluster, Host, frame_of
 
 TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C
 SPAN_ID = 0xB7AD6B7169203331
@@ -328,7 +328,7 @@ async def test_join_whose_decision_meets_a_bug_ends_with_its_connection(monkeypa
     client = home.connect()
     home.take()
     client.feed_only(frame_of(type="join", room=cluster.room(owner=1)))
-    monkeypatch.setattr("fastsig.hub._settle", fail)
+    monkeypatch.setattr(home.host.hub, "_settle", fail)
     cluster.run()
     assert home.take() == []
     client.transport.protocol.connection_lost(None)
@@ -346,10 +346,6 @@ async def test_join_that_is_never_decided_ends_with_its_error() -> None:
     cluster.run()
     (join,) = home.take()
     assert attributes(join)["result"] == "backend_unavailable"
-
-
-def frame_of(**message: Any) -> bytes:
-    return frame(TEXT, json.dumps(message))
 
 
 # ---- passing
