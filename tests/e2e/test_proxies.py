@@ -4,16 +4,18 @@ import contextlib
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+import trustme
 
 from tests.unit.memory import HEAD
 
-from .conftest import Server, children, free_port, until
+from .conftest import Server, certified, children, free_port, trusting, until
 from .test_limits import ONE, TWO, counted, visit
 from .visitor import Visitor
 
@@ -68,6 +70,41 @@ def test_only_proxies_begin_with_a_header_and_they_always_do(serve: Serve) -> No
     with Visitor(server.port, PROXY) as itself:
         assert itself.send(b"PROXY UNKNOWN\r\nGET /livez HTTP/1.1\r\nHost: x\r\n\r\n").status() == 200
     assert counted(server, 'handshakes_total{result="bad_request"}') == 3
+
+
+def test_tls_follows_behind_the_header(serve: Serve, tmp_path: Path) -> None:
+    authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    server = serve(*READING, *certified(authority, tmp_path))
+    client = trusting(authority)
+    with contextlib.ExitStack() as stack:
+
+        def through(name: str, *, in_pieces: bool) -> int:
+            """Header and ClientHello are one segment, or each byte is one."""
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            tls = client.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+            visitor = stack.enter_context(Visitor(server.port, PROXY))
+            visitor.send(v2(name) + _first_flight(tls, outgoing), in_pieces=in_pieces)
+            while True:
+                incoming.write(visitor.socket.recv(65536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                    break
+            tls.write(REQUEST)
+            visitor.send(outgoing.read())
+            while True:
+                incoming.write(visitor.socket.recv(65536))
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    return int(tls.read(4096).split(b" ")[1])
+
+        assert [through(ONE, in_pieces=in_pieces) for in_pieces in (False, True, False)] == [101, 101, 503]
+        assert through(TWO, in_pieces=False) == 101
+        assert server.wait_for("limit_hit")["address"] == ONE
+
+
+def _first_flight(tls: ssl.SSLObject, outgoing: ssl.MemoryBIO) -> bytes:
+    with contextlib.suppress(ssl.SSLWantReadError):
+        tls.do_handshake()
+    return outgoing.read()
 
 
 def test_headers_that_never_end_are_closed_in_time_and_at_the_end(serve: Serve) -> None:
