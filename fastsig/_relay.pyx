@@ -178,7 +178,7 @@ cdef enum:
     BURST_S = 4             # how many seconds' worth of bytes may come, or be caused, at once
     ENVELOPE_BYTES = 512    # what a message has besides its payload, about: it is charged after it is refused
     INSISTENCE = 100        # messages refused for their rate within INSIST_S; one more closes with 4005
-    TURN_DELIVERIES = 262144  # of broadcasts in one loop turn, 0.3 s of work: a room of 512 in which all speak to all ...
+    TURN_DELIVERIES = 262144  # of broadcasts in one loop turn, 0.3 s of work: all of a room of 512 speak to all ...
     CROWD = 32              # ... and then, until the turn is over, nobody speaks to more than these at once
     LINK_BYTES = 16777216   # not with a neighbour yet (four messages if that is more): at half relays are refused
 
@@ -601,6 +601,7 @@ cdef object SOCKET = _Socket()
 
 # --------------------------------------------------------------------------------------------- connections
 
+@cython.internal
 @cython.no_gc
 cdef class Rates:
     """What a connection may use per second, and at once: its own where its token says so, else its relay's."""

@@ -209,11 +209,6 @@ class Admission:
         everybodys: int = getattr(self._limits, name)
         return everybodys if own is None else own
 
-    def is_expired(self, connection: Connection, type: str) -> bool:
-        """Is its token over, so that it may not say this?"""
-        grant = grant_of(connection)
-        return grant is not None and type not in AFTER_EXPIRY and self._is_over(grant)
-
     def _is_over(self, grant: "Grant") -> bool:
         return grant.expires_at is not None and grant.expires_at <= self._unix_clock()
 
@@ -243,13 +238,13 @@ class Admission:
 
     # ---- limits
 
-    def take_join(self, connection: Connection) -> None:
+    def take_join(self, connection: Connection, now: float) -> None:
         """One more join of it. Raises ProtocolError `rate_limited`."""
         record = record_of(connection)
         if record.joins is None:
             rate = self.limit(record, "joins_per_s")
-            record.joins = Bucket(rate, JOIN_BURST * rate, self._clock())
-        wait_s = record.joins.take(self._clock())
+            record.joins = Bucket(rate, JOIN_BURST * rate, now)
+        wait_s = record.joins.take(now)
         if wait_s and self.hits(connection, "joins_per_s"):
             connection.insist()
             raise ProtocolError("rate_limited", after_ms=math.ceil(1000 * wait_s))

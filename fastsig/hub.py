@@ -20,7 +20,6 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -29,7 +28,7 @@ from msgspec import Raw
 
 from . import __version__, logs, metrics, protocol
 from ._relay import Connection, Member, Message, Neighbour, Relay, Room
-from .admission import Admission, grant_of, record_of
+from .admission import AFTER_EXPIRY, EXPIRED, Admission, grant_of, record_of
 from .auth import Grant, KeySets, KeysWanted, Verifier
 from .bus import Link
 from .bus_messages import (
@@ -73,27 +72,28 @@ _ERRORS: Final = metrics.indexes("errors_total")
 _BUGS: Final = metrics.index("internal_errors_total")
 _REPORTS: Final = metrics.indexes("peer_connection_reports_total")
 _SETUP_SECONDS: Final = metrics.histogram("peer_connection_setup_seconds")
-_NO_JOIN: Final = protocol.JoinPayload()
 _UNDECIDED: Final = Join(0, "", "", Raw(protocol.NULL))
 
 
-@dataclass(slots=True)
 class _Request:
-    """A hello, join or refresh on its way to an answer; what is below `until` comes to it on the way."""
+    """A hello, join or refresh on its way to an answer. Most of what may come to it on the way does not."""
 
-    number: int
-    connection: Connection
-    message: Message
-    token: str | None
-    until: float
-    payload: protocol.JoinPayload = _NO_JOIN
     grant: Grant | None = None
     join: Join = _UNDECIDED
     decision: Decision | None = None  # the webhook's
     is_meta_fixed: bool = False
+    is_held: bool = False
     cancel: Callable[[], None] | None = None  # of what it waits for
     owner: Neighbour | None = None  # that was asked
     room: Room | None = None  # of that owner: kept, since its roster may be that of this one
+
+    def __init__(self, number: int, connection: Connection, message: Message, payload: protocol.JoinPayload,
+                 now: float) -> None:  # fmt: skip
+        self.number = number
+        self.connection = connection
+        self.message = message
+        self.payload = payload
+        self.read_at = now
 
     def fix_meta(self, meta: bytes) -> None:
         """Instead of what the peer says of itself."""
@@ -226,7 +226,7 @@ class Hub:
             if handler is None:
                 raise ProtocolError("unknown_type")
             _check_sender(connection, message.sender)
-            if self.admission.is_expired(connection, message.type):
+            if connection.denies & EXPIRED and message.type not in AFTER_EXPIRY:
                 raise ProtocolError("token_expired")
             handler(connection, message)
         except ProtocolError as refusal:
@@ -321,7 +321,7 @@ class Hub:
         if connection.peer is not None or record_of(connection).said_hello:
             raise ProtocolError("bad_message")
         hello = protocol.read_hello(message.payload)
-        request = self._request(connection, message, hello.token)
+        request = self._request(connection, message, protocol.JoinPayload(token=hello.token))
         self._identify(request, partial(self._welcome, caps=protocol.CAPS.intersection(hello.caps or ())))
 
     def _welcome(self, request: _Request, caps: frozenset[str]) -> None:
@@ -346,25 +346,25 @@ class Hub:
         connection.send(protocol.Welcome(sender=peer, payload=payload, id=request.message.id).encode())
         self._end(request)
 
-    def _request(self, connection: Connection, message: Message, token: str | None) -> _Request:
-        return _Request(next(self._numbers), connection, message, token, self._clock() + DECISION_S)
+    def _request(self, connection: Connection, message: Message, payload: protocol.JoinPayload) -> _Request:
+        return _Request(next(self._numbers), connection, message, payload, self._clock())
 
     def _join(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
         payload = protocol.read_join(message.payload, meta_bytes=self._limits.meta_bytes)
         if self.tracer is not None:
             self.tracer.join(connection, payload.trace)
-        self.admission.take_join(connection)
+        request = self._request(connection, message, payload)
+        self.admission.take_join(connection, request.read_at)
         self.admission.check_debt(connection)
         self._check_joiner(connection, name)
-        request = self._request(connection, message, payload.token)
-        request.payload = payload
         self._identify(request, self._authorize)
 
     def _refresh(self, connection: Connection, message: Message) -> None:
         if grant_of(connection) is None:  # nothing to refresh
             raise ProtocolError("bad_message")
-        request = self._request(connection, message, protocol.read_refresh(message.payload))
+        token = protocol.read_refresh(message.payload)
+        request = self._request(connection, message, protocol.JoinPayload(token=token))
         self._identify(request, self._refreshed)
 
     def _refreshed(self, request: _Request) -> None:
@@ -450,7 +450,7 @@ class Hub:
     def _identify(self, request: _Request, then: Callable[[_Request], None]) -> None:
         """Go on with `then` once its token is known to be good. Raises ProtocolError."""
         try:
-            request.grant = self.admission.shown(request.connection, request.token)
+            request.grant = self.admission.shown(request.connection, request.payload.token)
         except KeysWanted as wanted:  # of each issuer once
             self._hold(request)
             again = partial(self._identify, then=then)
@@ -478,7 +478,7 @@ class Hub:
             raise ProtocolError("forbidden")
         request.join = Join(
             request.number, name, peer, payload.meta, payload.max_peers, payload.trace,
-            proof=None if grant is None else grant.issuer, read_at=request.until - DECISION_S,
+            proof=None if grant is None else grant.issuer, read_at=request.read_at,
             may_create=grant is None or grant.grants(name, "create"),
         )  # fmt: skip
         if grant is not None and grant.meta is not None:
@@ -533,10 +533,10 @@ class Hub:
         self.rooms.check(request.join)
         self._settle(request)
         member = self.rooms.add(request.join, request.connection)
-        others = entries(other for other in member.room.members if other is not member)
-        self._send_joined(member, others, request.message.id)
+        peers = self.rooms.peers_of(member)
+        self._send_joined(member, peers, request.message.id)
         said = self.rooms.introduce(member, request.join.trace)
-        request.connection.charge(said * len(others))
+        request.connection.charge(said * len(peers))
         self._end(request)
 
     def _settle(self, request: _Request) -> None:
@@ -553,12 +553,7 @@ class Hub:
             record_of(connection).is_meta_fixed = True
         connection.settle()
 
-    def _send_joined(self, member: Member, others: Iterable[Entry], id: str | None) -> None:
-        shows_proof = self.rooms.shows_proof
-        peers = [
-            protocol.RosterEntry(other.peer, other.n, other.meta, shows_proof and other.proof is not None)
-            for other in others
-        ]
+    def _send_joined(self, member: Member, peers: list[protocol.RosterEntry], id: str | None) -> None:
         payload = protocol.Roster(n=member.n, peers=peers)
         connection = member.connection
         text = protocol.Joined(room=member.room.name, sender=member.name, payload=payload, id=id).encode()
@@ -591,7 +586,12 @@ class Hub:
         room.max_peers = word.max_peers
         if word.roster is not None:
             room.roster = _kept(word.roster)
-        self._send_joined(member, sorted(room.roster.values(), key=_ordinal), request.message.id)
+        shows_proof = self.rooms.shows_proof
+        peers = [
+            protocol.RosterEntry(other.peer, other.n, other.meta, shows_proof and other.proof is not None)
+            for other in sorted(room.roster.values(), key=_ordinal)
+        ]
+        self._send_joined(member, peers, request.message.id)
         request.connection.charge((PRESENCE_BYTES + len(member.meta)) * len(room.roster))
         room.roster[member.n] = Entry(member.name, member.n, join.meta, join.proof)
         self._release(request)
@@ -607,7 +607,8 @@ class Hub:
 
     def _hold(self, request: _Request) -> None:
         """What its connection says from here on waits. It may be held at one stage after the other."""
-        if request.number not in self._requests:
+        if not request.is_held:
+            request.is_held = True
             request.connection.wait()
             self._asking[request.connection] = request.number
             self._requests[request.number] = request
@@ -625,7 +626,7 @@ class Hub:
 
     def _end(self, request: _Request) -> None:
         """It is answered: what waits behind it, if it had to wait, is handled."""
-        if self._pop(request.number) is not None:
+        if request.is_held and self._pop(request.number) is not None:
             request.connection.proceed()
 
     def _pop(self, number: int) -> _Request | None:
@@ -656,7 +657,7 @@ class Hub:
     def tick(self, now: float) -> None:
         """Answer those who have waited too long. Call a few times a second."""
         for number, request in list(self._requests.items()):
-            if now < request.until:
+            if now < request.read_at + DECISION_S:
                 break
             self._give_up(self._withdraw(number), "backend_unavailable")
         for number, kick in list(self._kicks.items()):

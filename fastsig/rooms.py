@@ -177,6 +177,14 @@ class Rooms:
         _begin(member, join)
         return member
 
+    def peers_of(self, member: Member) -> list[protocol.RosterEntry]:
+        """All others in its room, as it is told; the oldest first."""
+        shows_proof = self.shows_proof
+        return [
+            protocol.RosterEntry(other.name, other.n, Raw(other.meta), shows_proof and other.proof is not None)
+            for other in member.room.members if other is not member
+        ]  # fmt: skip
+
     def introduce(self, member: Member, trace: str | None = None, *, knows: Neighbour | None = None) -> int:
         """The others hear of the newcomer, but those of a worker that `knows`. Gives the bytes of that for one."""
         room, meta = member.room, Raw(member.meta)

@@ -128,10 +128,10 @@ def test_variables_and_empty_ones(served: Any, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_lists_in_flags_are_given_in_any_way(served: Any) -> None:
-    words = ("--server.origins", "::1", "::2", "--server.trusted-proxies", "::1 ::2")
-    others = ("--turn.urls", "::1", "--turn.urls", "::2", "--auth.revoked", '["::1", "::2"]')
-    keys = ("server.origins", "server.trusted_proxies", "turn.urls", "auth.revoked")
-    assert served(*words, *others) == build(dict.fromkeys(keys, ("::1", "::2")))
+    words = ("--auth.revoked", "::1", "::2", "--server.trusted-proxies", "::1 ::2")
+    others = ("--turn.urls", "::1", "--turn.urls", "::2", "--server.origins", '["https://a", "https://b"]')
+    made = dict.fromkeys(("auth.revoked", "server.trusted_proxies", "turn.urls"), ("::1", "::2"))
+    assert served(*words, *others) == build({**made, "server.origins": ("https://a", "https://b")})
 
 
 def test_flag_switches_off_what_a_variable_switched_on(served: Any, monkeypatch: pytest.MonkeyPatch) -> None:
