@@ -458,7 +458,8 @@ async def test_decision_that_is_known_needs_no_waiting(host: Host) -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "answer"), [(Decision(is_allowed=True), "joined"), (Decision(is_allowed=False, code="forbidden"), "forbidden")]
+    ("known", "answer"),
+    [(Decision(is_allowed=True), "joined"), (Decision(is_allowed=False, code="forbidden"), "forbidden")],
 )
 async def test_decision_that_is_known_counts_once_where_keys_were_waited_for(known: Decision, answer: str) -> None:
     """The second time it found the peer in the room, with the same proof, and replaced it."""
