@@ -1263,17 +1263,22 @@ cdef class Connection(WSListener):
         self._is_short()
         if self.bytes_left >= -self.rates.byte_debt:
             return False
-        if not self.relay.hit(BYTES):
+        if not self._exceeds(BYTES):
             self.bytes_left = 0
             return False
-        self.relay.on_closed_for_rate(self, metrics.LIMITS[BYTES])
         self.fail(4005)
         return True
+
+    cdef bint _exceeds(self, size_t limit) except -1:
+        """It is above that: said to the operator. Is the limit to be kept?"""
+        cdef bint is_enforced = self.relay.hit(limit)
+        self.relay.on_exceeded(self, metrics.LIMITS[limit], is_enforced)
+        return is_enforced
 
     cdef int _limited(self, size_t limit) except -1:
         """Its message, in the relay's envelope, is refused for a rate. 1: it is not, this is a dry run."""
         cdef double wait_s
-        if not self.relay.hit(limit):
+        if not self._exceeds(limit):
             self.bytes_left = max(self.bytes_left, 0)  # no debt is left when they are kept again
             self.fanout_left = max(self.fanout_left, 0)
             return 1
@@ -1378,7 +1383,7 @@ cdef class Connection(WSListener):
         if frame.rsv1 or frame.rsv2 or frame.rsv3:
             return self.fail(1002)
         if frame.msg_type == WSMsgType.PING:
-            if self._is_short() and self.relay.hit(MESSAGES):
+            if self._is_short() and self._exceeds(MESSAGES):
                 return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
             self.messages_left -= 1
             return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
@@ -1995,7 +2000,7 @@ cdef class Relay:
 
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
-    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_closed_for_rate
+    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_exceeded
     cdef double now                 # monotonic seconds, as of the last tick or later
     cdef Rates rates                # everybody's
     cdef bint is_dry_run            # rates are counted, not kept
@@ -2095,7 +2100,7 @@ cdef class Relay:
         self.on_relayed = hub.relayed
         self.on_alarm = hub.alarm
         self.on_limited = hub.limited
-        self.on_closed_for_rate = hub.closed_for_rate
+        self.on_exceeded = hub.exceeded
         self.edge = edge
 
     def __dealloc__(self):
@@ -2121,8 +2126,9 @@ cdef class Relay:
 
     cpdef bint hit(self, size_t limit):
         """A limit is reached, of `metrics.LIMITS`: is it to be kept?"""
-        self.words[LIMIT_HITS + 2 * limit + self.is_dry_run] += 1
-        return not self.is_dry_run
+        cdef bint is_let_pass = self.is_dry_run and limit != TURN  # that one keeps the worker alive
+        self.words[LIMIT_HITS + 2 * limit + is_let_pass] += 1
+        return not is_let_pass
 
     def set(self, size_t index, uint64_t value):
         """The value of a gauge."""

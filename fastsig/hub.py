@@ -240,12 +240,11 @@ class Hub:
 
     def limited(self, connection: Connection, limit: str, after_ms: int, room: str | None, id: str | None) -> None:
         """A message of it came too soon."""
-        self.admission.complain(connection, limit)
         self.refuse(connection, "rate_limited", room, id, None, after_ms)
 
-    def closed_for_rate(self, connection: Connection, limit: str) -> None:
-        """It is: whatever it hears, it sends more."""
-        self.admission.complain(connection, limit)
+    def exceeded(self, connection: Connection, limit: str, is_enforced: bool) -> None:  # noqa: FBT001 # a callback
+        """It is above a rate. What is done about that is done."""
+        self.admission.complain(connection, limit, is_enforced=is_enforced)
 
     def alarm(self, connection: Connection) -> None:
         """A time has come that was set for it."""
