@@ -58,7 +58,8 @@ class Record:
     reports: dict[int, float] | None = None
     joins: Bucket | None = None
     grant: "Grant | None" = None
-    limits: Mapping[str, int] | None = None
+    limits: Mapping[str, int] | None = None  # its own, by name, where it ever had any: everybody's for the rest
+    decided: Mapping[str, int] | None = None  # those of them that the webhook gave
     said_hello: bool = False
     is_meta_fixed: bool = False  # it comes from the token or the webhook
     is_warned: bool = False
@@ -102,13 +103,13 @@ class Admission:
         self.verifier, self.key_sets = verifier, key_sets
         for connection in self._relay.all_connections():
             record: Record | None = connection.context
-            if record is None or record.grant is None:
+            if record is None:
                 continue
-            if verifier is None or verifier.is_revoked(record.grant):
+            if record.grant is not None and (verifier is None or verifier.is_revoked(record.grant)):
                 self._relay.count(_TOKENS["revoked"])
                 connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
-            elif record.limits:
-                self._allow(connection, record)
+            else:
+                self._apply(connection, record)
 
     # ---- tokens
 
@@ -188,17 +189,24 @@ class Admission:
             connection.alarm(math.inf)
         else:
             connection.alarm(self._clock() + grant.expires_at - WARN_S - self._unix_clock())
-        self.allow(connection, grant.limits)
+        self._combine(connection, record)
 
     def allow(self, connection: Connection, limits: Mapping[str, int]) -> None:
-        """What it may use: by the names of `limits`, everybody's for the rest."""
+        """What the webhook lets it use, by the names of `limits`: whatever token it shows, until it says otherwise."""
         record = record_of(connection)
-        if limits or record.limits:
-            record.limits = limits
-            self._allow(connection, record)
+        record.decided = {**(record.decided or {}), **limits}
+        self._combine(connection, record)
 
-    def _allow(self, connection: Connection, record: Record) -> None:
-        connection.allow({name: self.limit(record, name) for name in RATES})
+    def _combine(self, connection: Connection, record: Record) -> None:
+        own = {} if record.grant is None else record.grant.limits
+        limits = {**own, **(record.decided or {})}
+        if limits or record.limits is not None:
+            record.limits = limits
+            self._apply(connection, record)
+
+    def _apply(self, connection: Connection, record: Record) -> None:
+        if record.limits is not None:
+            connection.allow({name: self.limit(record, name) for name in RATES})
         if record.joins is not None:
             rate = self.limit(record, "joins_per_s")
             record.joins.configure(rate, JOIN_BURST * rate)

@@ -547,8 +547,7 @@ class Hub:
         if request.grant is not None:
             self.admission.adopt(connection, request.grant)
         if request.decision is not None and request.decision.limits:
-            own = {} if request.grant is None else request.grant.limits
-            self.admission.allow(connection, {**own, **request.decision.limits})
+            self.admission.allow(connection, request.decision.limits)
         if request.is_meta_fixed:
             record_of(connection).is_meta_fixed = True
         connection.settle()
