@@ -105,13 +105,18 @@ class Admission:
             record: Record | None = connection.context
             if record is None:
                 continue
-            if record.grant is not None and (verifier is None or verifier.is_revoked(record.grant)):
-                self._relay.count(_TOKENS["revoked"])
-                connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
-            else:
+            if record.grant is None or not self.end_if_revoked(connection, record.grant):
                 self._apply(connection, record)
 
     # ---- tokens
+
+    def end_if_revoked(self, connection: Connection, grant: "Grant") -> bool:
+        """Close a connection that has shown this token, if that is good no more."""
+        if self.verifier is not None and not self.verifier.is_revoked(grant):
+            return False
+        self._relay.count(_TOKENS["revoked"])
+        connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
+        return True
 
     def check(self, token: str) -> "Grant":
         """What it grants. Raises ProtocolError, or KeysWanted when the issuer's keys are to be fetched first."""

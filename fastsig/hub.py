@@ -195,6 +195,9 @@ class Hub:
         self._limits = self.rooms.limits = limits
         self.rooms.shows_proof = not auth.required
         self.admission.configure(limits, auth, verifier, key_sets)
+        for request in list(self._requests.values()):  # tokens that are not the connections' yet
+            if request.grant is not None and request.grant is not grant_of(request.connection):
+                self.admission.end_if_revoked(request.connection, request.grant)
 
     def stats(self) -> dict[str, int]:
         """How long its tables are, by name."""
