@@ -66,7 +66,6 @@ class Site:
 
     def __exit__(self, *reason: object) -> None:
         self.stop()
-        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result(START_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_S)
         self._loop.close()
@@ -93,20 +92,16 @@ class Site:
         self.port = self._runner.addresses[0][1]
 
     async def _stop(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
-
-    async def _settle(self) -> None:
-        """Connections that were just accepted, or closed, come to their end, which takes some turns of the loop."""
-        for _ in range(10):
-            await asyncio.sleep(0)
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        for _ in range(10):
-            await asyncio.sleep(0)
+        if self._runner is None:
+            return
+        for site in self._runner.sites:
+            await site.stop()
+        await _settle()  # what is being accepted is known then
+        await self._runner.cleanup()
+        for transport in list(getattr(self._loop, "_transports", {}).values()):
+            transport.abort()  # aiohttp left it to its client
+        await _settle()
+        self._runner = None
 
     async def _handle(self, request: web.Request) -> web.Response:
         self.requests += 1
@@ -126,6 +121,12 @@ class Site:
     def answer(self, request: web.Request, body: bytes) -> bytes:
         """In the server's thread."""
         raise NotImplementedError
+
+
+async def _settle() -> None:
+    """To accept a connection takes some turns of the loop, and so does to close one."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 class Webhook(Site):
