@@ -57,6 +57,7 @@ class Site:
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
@@ -87,21 +88,20 @@ class Site:
         application.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(application, shutdown_timeout=0.0, handler_cancellation=True, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        assert self._runner.server is not None
+        self._server = await self._loop.create_server(self._runner.server, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _stop(self) -> None:
-        if self._runner is None:
+        if self._runner is None or self._server is None:
             return
-        for site in self._runner.sites:
-            await site.stop()
-        await _settle()  # what is being accepted is known then
+        for listener in self._server.sockets:
+            self._loop.remove_reader(listener.fileno())
+        await _settle()  # until 3.12 a connection that was just accepted is lost, open, when its server closes
+        self._server.close()
         await self._runner.cleanup()
-        for transport in list(getattr(self._loop, "_transports", {}).values()):
-            transport.abort()  # aiohttp left it to its client
         await _settle()
-        self._runner = None
+        self._runner = self._server = None
 
     async def _handle(self, request: web.Request) -> web.Response:
         self.requests += 1
