@@ -24,6 +24,7 @@ from .auth import KeysWanted, TokenError
 from .config import Auth, Config, Limits
 from .errors import CloseCode, ProtocolError
 from .limits import Bucket, Complaints
+from .webhook import Decision
 
 if TYPE_CHECKING:
     from .auth import Grant, KeySets, Verifier
@@ -34,6 +35,7 @@ _log = logs.get("fastsig.admission")
 
 WARN_S: Final = 60.0  # before the end of a token (PROTOCOL §3.4, Expiry)
 GRACE_S: Final = 30.0  # behind it
+LOOK_S: Final = 60.0  # how long before a clock that was set, or a machine that slept, is noticed
 JOIN_BURST: Final = 4  # seconds' worth of joins at once (PROTOCOL §4)
 NO_RELAY: Final = 1  # of `Connection.denies`
 NO_BROADCAST: Final = 2
@@ -58,9 +60,10 @@ class Record:
     reports: dict[int, float] | None = None
     joins: Bucket | None = None
     grant: "Grant | None" = None
-    limits: Mapping[str, int] | None = None
+    webhook_limits: Mapping[str, int] | None = None
+    own_rates: dict[str, int] | None = None  # those of the relay that are not everybody's
     said_hello: bool = False
-    is_meta_fixed: bool = False  # it comes from the token or the webhook
+    is_meta_fixed: bool = False  # by the webhook
     is_warned: bool = False
 
 
@@ -102,13 +105,17 @@ class Admission:
         self.verifier, self.key_sets = verifier, key_sets
         for connection in self._relay.all_connections():
             record: Record | None = connection.context
-            if record is None or record.grant is None:
+            if record is None:
                 continue
-            if verifier is None or verifier.is_revoked(record.grant):
+            if record.grant is not None and self.is_revoked(record.grant):
                 self._relay.count(_TOKENS["revoked"])
                 connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
-            elif record.limits:
+            else:
                 self._allow(connection, record)
+
+    def is_revoked(self, grant: "Grant") -> bool:
+        """Also where no key is configured any more."""
+        return self.verifier is None or self.verifier.is_revoked(grant)
 
     # ---- tokens
 
@@ -175,11 +182,11 @@ class Admission:
             raise ProtocolError("too_large")
         return peer
 
-    def adopt(self, connection: Connection, grant: "Grant") -> None:
-        """From here on this is what the connection is granted."""
+    def adopt(self, connection: Connection, grant: "Grant") -> bool:
+        """From here on this is what the connection is granted. False: so it was before."""
         record = record_of(connection)
         if grant is record.grant:
-            return
+            return False
         record.grant = grant
         record.is_warned = False
         denied = {"relay": NO_RELAY, "broadcast": NO_BROADCAST}
@@ -187,27 +194,42 @@ class Admission:
         if grant.expires_at is None:
             connection.alarm(math.inf)
         else:
-            connection.alarm(self._clock() + grant.expires_at - WARN_S - self._unix_clock())
-        self.allow(connection, grant.limits)
+            connection.alarm(self._clock() + min(grant.expires_at - WARN_S - self._unix_clock(), LOOK_S))
+        self._allow(connection, record)
+        return True
 
-    def allow(self, connection: Connection, limits: Mapping[str, int]) -> None:
-        """What it may use: by the names of `limits`, everybody's for the rest."""
+    def heed(self, connection: Connection, decision: Decision) -> None:
+        """The webhook let it join. What it said of the connection holds until it says otherwise."""
         record = record_of(connection)
-        if limits or record.limits:
-            record.limits = limits
+        if decision.limits:
+            record.webhook_limits = decision.limits
             self._allow(connection, record)
+        if decision.meta is not None:
+            record.is_meta_fixed = True
+
+    def is_meta_fixed(self, connection: Connection) -> bool:
+        """Does its metadata come from the token or the webhook?"""
+        record = record_of(connection)
+        return record.is_meta_fixed or (record.grant is not None and record.grant.meta is not None)
 
     def _allow(self, connection: Connection, record: Record) -> None:
-        connection.allow({name: self.limit(record, name) for name in RATES})
+        """What it may use has changed, perhaps. A bucket is not filled by that."""
         if record.joins is not None:
             rate = self.limit(record, "joins_per_s")
             record.joins.configure(rate, JOIN_BURST * rate)
+        is_own = bool(record.webhook_limits) or (record.grant is not None and bool(record.grant.limits))
+        rates = {name: self.limit(record, name) for name in RATES} if is_own else None
+        if rates != record.own_rates:
+            record.own_rates = rates
+            connection.allow(rates)
 
     def limit(self, record: Record, name: str) -> int:
-        """One of `limits`, for this connection."""
-        own = None if record.limits is None else record.limits.get(name)
+        """One of `limits`, for this connection: the webhook's, else the token's, else everybody's."""
+        for own in (record.webhook_limits, None if record.grant is None else record.grant.limits):
+            if own and name in own:
+                return own[name]
         everybodys: int = getattr(self._limits, name)
-        return everybodys if own is None else own
+        return everybodys
 
     def _is_over(self, grant: "Grant") -> bool:
         return grant.expires_at is not None and grant.expires_at <= self._unix_clock()
@@ -230,7 +252,7 @@ class Admission:
             connection.denies |= EXPIRED
             left += GRACE_S
         elif left > WARN_S:
-            left -= WARN_S
+            left = min(left - WARN_S, LOOK_S)
         elif not record.is_warned:
             record.is_warned = True
             connection.send(protocol.token_expiring(math.ceil(left)))
@@ -267,7 +289,8 @@ class Admission:
         left_out = self._complaints.admit(address, limit, self._clock())
         if left_out is not None:
             shown = address if self.names_addresses else ""
-            _log.warning("limit_hit", limit=limit, address=shown, left_out=left_out)
+            enforced = not self._limits.dry_run or limit == "turn"
+            _log.warning("limit_hit", limit=limit, address=shown, enforced=enforced, left_out=left_out)
 
 
 RATES: Final = ("messages_per_s", "message_burst", "bytes_per_s", "fanout_bytes_per_s")
