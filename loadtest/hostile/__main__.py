@@ -20,7 +20,7 @@ from typing import Final
 from fastsig import __version__
 from tests.e2e.conftest import Server
 
-from . import memory
+from . import limits, memory
 from .connections import allow_descriptors
 from .offences import CROWD, MEMORY, OFFENCES, REPEATED_S, UNLIMITED
 from .scene import Finding, Scene
@@ -31,9 +31,10 @@ _HEAD: Final = """\
 # Hostile input, measured
 
 This page is made by `make hostile` (`loadtest/hostile/`): real sockets over loopback, against a server with one worker
-and the default options. Two healthy peers on the same worker throw a message to each other every 25 ms meanwhile;
-"worst" is their longest round trip, two relays, while the offence lasted. "RSS" is by how much the worker's resident
-memory was higher afterwards, "s" how long it took; what is over sooner is done again for a second.
+and the default options, but for the limits per address: all come from one. Two healthy peers on the same worker throw a
+message to each other every 25 ms meanwhile; "worst" is their longest round trip, two relays, while the offence lasted.
+"RSS" is by how much the worker's resident memory was higher afterwards, "s" how long it took; what is over sooner is
+done again for a second.
 
 fastsig {version}, Python {python}, {machine}, {cpus} CPUs, {date}.
 
@@ -59,6 +60,14 @@ for output that it does not read.
 """
 
 
+_LIMITS: Final = f"""\
+
+## Limits: one address against the others
+
+Each on a server of its own, from another address than the pair's. "Alone" is the pair's 99th percentile in the
+{limits.ALONE_S:.0f} s before, "beside" that while the offence lasts.
+
+"""
 _FLOODS: Final = f"""\
 
 ## Floods that only limits of rate will stop
@@ -108,6 +117,19 @@ def _commit(scene: Scene, name: str, offence: Callable[[Scene], str], worst_ms: 
     return row(finding)
 
 
+def _hold(name: str, failures: list[str]) -> str:
+    """The row of an offence that a limit is for."""
+    try:
+        held = limits.commit(name)
+    except AssertionError as reason:
+        failures.append(f"{name}: {reason}")
+        return ""
+    if held.beside.worst_ms >= WORST_MS:
+        failures.append(f"{name}: the pair waited {held.beside.worst_ms:.0f} ms")
+    print(held.row(), end="", flush=True)
+    return held.row()
+
+
 def run(only: str) -> tuple[str, list[str]]:
     """The two tables, and what is wrong in sentences."""
     failures: list[str] = []
@@ -116,6 +138,7 @@ def run(only: str) -> tuple[str, list[str]]:
         for name, offence in OFFENCES.items():
             if only in name:
                 page += _commit(scene, name, offence, WORST_MS, failures)
+    page += _LIMITS + limits.COLUMNS + "".join(_hold(name, failures) for name in limits.OFFENCES if only in name)
     for head, offences in ((_CROWDS, MEMORY), (_FLOODS, UNLIMITED)):
         page += head + _COLUMNS
         for name, offence in offences.items():

@@ -28,6 +28,7 @@ class Trips(NamedTuple):
 
     number: int
     median_ms: float
+    p99_ms: float
     worst_ms: float
 
 
@@ -92,7 +93,8 @@ def main(port: int) -> None:
                 if not sys.stdin.readline():
                     return
                 samples.sort()
-                trips = Trips(len(samples), round(samples[len(samples) // 2], 2), round(samples[-1], 2))
+                median, p99, worst = (round(samples[int((len(samples) - 1) * share)], 2) for share in (0.5, 0.99, 1))
+                trips = Trips(len(samples), median, p99, worst)
                 print(json.dumps(trips._asdict()), flush=True)
                 samples.clear()
 
