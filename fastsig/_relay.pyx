@@ -169,7 +169,8 @@ cdef enum:
     TICKS_PER_S = 4
     ESCAPED_ID = 6 * 64 + 2
     MAX_NAMED = 32          # recipients in an error for a broadcast, as many as a list may have
-    WAITING_HEAD = 4        # the length of a message that waits, before it
+    WAITING_HEAD = 8        # before a message that waits: its length, whether it was paid for, when it was read
+    WAITING_UNPAID = 0x80000000  # with the length
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
     LARGE_INPUT = 16384     # picows' read buffer, when this much was in it, is given up for a new one ...
     SMALL_INPUT = 8192      # ... once a ping period needed less than this
@@ -195,6 +196,11 @@ cdef enum:
     MORE = 1                # the first byte of a packet: what follows is a piece of a frame, and not its last
     NO_PAYLOAD = 0xffffffff
     RELAYED_HEAD = 20       # n, lengths of type, id and list of recipients, 0, length of the payload, number
+
+cdef enum Charge:  # of a message, to its connection's bucket
+    NOW
+    PAID       # when it came
+    UNPAID     # when it came there was nothing left
 
 cdef enum Denial:  # what a token does not grant, or no longer
     NO_RELAY = 1
@@ -618,6 +624,16 @@ cdef class Rates:
         return 0
 
 
+cdef int in_ms(double seconds) noexcept:
+    """Rounded up, a day at most: what somebody may be told to wait."""
+    return <int>(1000 * min(max(seconds, 0), 86400)) + 1
+
+
+cdef inline uint32_t in_clock_ms(double now) noexcept:
+    """To be compared with another one of less than seven weeks later."""
+    return <uint32_t><uint64_t>(now * 1000)
+
+
 cdef inline double carried(double left, double old_burst, double burst) noexcept:
     """A level under another burst: what was used of the one is used of the other."""
     return burst if old_burst >= OFF else left + burst - old_burst
@@ -687,6 +703,8 @@ cdef class Connection(WSListener):
     cdef double insists_since
     cdef uint32_t insisted            # messages refused for their rate since then
     cdef public int denies            # of `Denial`
+    cdef Charge charge_at
+    cdef readonly double read_at      # of a message that has waited: when it came; 0: it has just come
     # time (monotonic seconds)
     cdef double deadline              # when the wheel brings this connection up
     cdef double ping_at, join_by, probe_by, probed_at, alarm_at
@@ -748,14 +766,16 @@ cdef class Connection(WSListener):
 
     def alarm(self, double at):
         """Have the hub called at that time (monotonic seconds), once; the latest call holds. `inf`: not at all."""
-        self.alarm_at = at
+        self.alarm_at = max(at, self.relay.now)
         if self.state == OPEN:
             self._arm_next()
 
-    def allow(self, limits not None):
-        """Other rates than everybody's: the token's. By the names of `limits`, all of them."""
-        cdef Rates rates = Rates.__new__(Rates), old = self.rates
-        rates.set(limits, self.relay.message_bytes)
+    def allow(self, limits):
+        """Other rates than everybody's, by the names of `limits`, all of them; None: everybody's."""
+        cdef Rates rates = self.relay.rates, old = self.rates
+        if limits is not None:
+            rates = Rates.__new__(Rates)
+            rates.set(limits, self.relay.message_bytes)
         self.rates = rates
         self.messages_left = carried(self.messages_left, old.message_burst, rates.message_burst)
         self.bytes_left = carried(self.bytes_left, old.byte_burst, rates.byte_burst)
@@ -822,6 +842,8 @@ cdef class Connection(WSListener):
         except Exception:
             self.relay.on_bug(self)
             self.fail(1011)
+        self.charge_at = NOW
+        self.read_at = 0
         if self.is_paused and self.waiting_to - self.waiting_from <= WAITING_BYTES:
             self._unpause()
 
@@ -835,7 +857,7 @@ cdef class Connection(WSListener):
 
     cdef int _keep(self, const char *p, size_t n) except -1:
         """A message for later. What was read already is kept, whatever the bound; no more is read above it."""
-        cdef uint32_t length = <uint32_t>n
+        cdef uint32_t head[2]
         cdef size_t kept = self.waiting_to - self.waiting_from
         cdef char *new
         if self.waiting_from:
@@ -848,7 +870,13 @@ cdef class Connection(WSListener):
                 raise MemoryError
             self.waiting = new
             self.waiting_size = max(kept + WAITING_HEAD + n, 2 * self.waiting_size)
-        new = put(self.waiting + kept, <const char *>&length, WAITING_HEAD)
+        head[0] = <uint32_t>n
+        head[1] = in_clock_ms(self.relay.clock())
+        if self._is_short():
+            head[0] |= WAITING_UNPAID
+        else:
+            self.messages_left -= 1
+        new = put(self.waiting + kept, <const char *>head, WAITING_HEAD)
         self.waiting_to = put(new, p, n) - self.waiting
         if self.waiting_to > WAITING_BYTES and not self.is_paused:
             self.is_paused = True
@@ -857,9 +885,14 @@ cdef class Connection(WSListener):
 
     cdef bytes _take_kept(self):
         """The oldest message that waits; a copy, since what it leads to may end all that is here."""
+        cdef uint32_t head[2]
         cdef uint32_t length
+        cdef double now = self.relay.clock()
         cdef bytes text
-        memcpy(&length, self.waiting + self.waiting_from, WAITING_HEAD)
+        memcpy(head, self.waiting + self.waiting_from, WAITING_HEAD)
+        length = head[0] & ~<uint32_t>WAITING_UNPAID
+        self.charge_at = PAID if head[0] == length else UNPAID
+        self.read_at = now - <double><uint32_t>(in_clock_ms(now) - head[1]) / 1000
         self.waiting_from += WAITING_HEAD
         text = self.waiting[self.waiting_from:self.waiting_from + length]
         self.waiting_from += length
@@ -1247,6 +1280,10 @@ cdef class Connection(WSListener):
         self.messages_left = min(rates.message_burst, self.messages_left + passed * rates.messages_per_s)
         self.bytes_left = min(rates.byte_burst, self.bytes_left + passed * rates.bytes_per_s)
         self.fanout_left = min(rates.fanout_burst, self.fanout_left + passed * rates.fanout_per_s)
+        if self.relay.is_dry_run:  # no debt is left when they are kept again
+            self.messages_left = max(self.messages_left, 0)
+            self.bytes_left = max(self.bytes_left, 0)
+            self.fanout_left = max(self.fanout_left, 0)
 
     cdef inline bint _is_short(self) except -1:
         """Has it said too much? Then the clock is read after all, before it is refused anything."""
@@ -1263,24 +1300,17 @@ cdef class Connection(WSListener):
         self._is_short()
         if self.bytes_left >= -self.rates.byte_debt:
             return False
-        if not self._exceeds(BYTES):
-            self.bytes_left = 0
+        self.relay.on_complaint(self, metrics.LIMITS[BYTES])
+        if not self.relay.hit(BYTES):
             return False
         self.fail(4005)
         return True
 
-    cdef bint _exceeds(self, size_t limit) except -1:
-        """It is above that: said to the operator. Is the limit to be kept?"""
-        cdef bint is_enforced = self.relay.hit(limit)
-        self.relay.on_exceeded(self, metrics.LIMITS[limit], is_enforced)
-        return is_enforced
-
     cdef int _limited(self, size_t limit) except -1:
         """Its message, in the relay's envelope, is refused for a rate. 1: it is not, this is a dry run."""
         cdef double wait_s
-        if not self._exceeds(limit):
-            self.bytes_left = max(self.bytes_left, 0)  # no debt is left when they are kept again
-            self.fanout_left = max(self.fanout_left, 0)
+        if not self.relay.hit(limit):
+            self.relay.on_complaint(self, metrics.LIMITS[limit])
             return 1
         if limit == MESSAGES:
             wait_s = (1 - self.messages_left) / self.rates.messages_per_s
@@ -1288,9 +1318,9 @@ cdef class Connection(WSListener):
             wait_s = (self.relay.envelope.payload.n + ENVELOPE_BYTES - self.bytes_left) / self.rates.bytes_per_s
         else:
             wait_s = -self.fanout_left / self.rates.fanout_per_s
-        self.relay.on_limited(self, metrics.LIMITS[limit], <int>(1000 * wait_s) + 1,
-                              text_of(self.relay.envelope.room), text_of(self.relay.envelope.id))
-        return self._insist()
+        self.relay.on_limited(self, metrics.LIMITS[limit], in_ms(wait_s), text_of(self.relay.envelope.room),
+                              text_of(self.relay.envelope.id))
+        return 0 if self.charge_at == UNPAID else self._insist()  # it has not heard of it before
 
     cdef int _insist(self) except -1:
         if self.relay.now - self.insists_since > INSIST_S:
@@ -1316,7 +1346,7 @@ cdef class Connection(WSListener):
             return 0
         self.relay.now = self.relay.clock()
         self._refill()
-        return 0 if self.fanout_left > 0 else <int>(1000 * -self.fanout_left / self.rates.fanout_per_s) + 1
+        return 0 if self.fanout_left > 0 else in_ms(-self.fanout_left / self.rates.fanout_per_s)
 
     # ---- picows' read buffer, which grows by doubling and never shrinks
 
@@ -1383,8 +1413,10 @@ cdef class Connection(WSListener):
         if frame.rsv1 or frame.rsv2 or frame.rsv3:
             return self.fail(1002)
         if frame.msg_type == WSMsgType.PING:
-            if self._is_short() and self._exceeds(MESSAGES):
-                return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
+            if self._is_short():
+                self.relay.on_complaint(self, metrics.LIMITS[MESSAGES])
+                if self.relay.hit(MESSAGES):
+                    return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
             self.messages_left -= 1
             return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
         if frame.msg_type == WSMsgType.PONG:
@@ -2000,7 +2032,7 @@ cdef class Relay:
 
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
-    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_exceeded
+    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_complaint
     cdef double now                 # monotonic seconds, as of the last tick or later
     cdef Rates rates                # everybody's
     cdef bint is_dry_run            # rates are counted, not kept
@@ -2100,7 +2132,7 @@ cdef class Relay:
         self.on_relayed = hub.relayed
         self.on_alarm = hub.alarm
         self.on_limited = hub.limited
-        self.on_exceeded = hub.exceeded
+        self.on_complaint = hub.complain
         self.edge = edge
 
     def __dealloc__(self):
@@ -2125,10 +2157,10 @@ cdef class Relay:
         self.words[index] += more
 
     cpdef bint hit(self, size_t limit):
-        """A limit is reached, of `metrics.LIMITS`: is it to be kept?"""
-        cdef bint is_let_pass = self.is_dry_run and limit != TURN  # that one keeps the worker alive
-        self.words[LIMIT_HITS + 2 * limit + is_let_pass] += 1
-        return not is_let_pass
+        """A limit is reached, of `metrics.LIMITS`: is it to be kept? The turn's is our own, and always."""
+        cdef bint is_kept = not self.is_dry_run or limit == TURN
+        self.words[LIMIT_HITS + 2 * limit + (not is_kept)] += 1
+        return is_kept
 
     def set(self, size_t index, uint64_t value):
         """The value of a gauge."""
@@ -2628,9 +2660,12 @@ cdef class Relay:
         cdef bint is_short
         if connection.diverted:
             return connection._divert(p, n, is_utf8)
-        is_short = connection._is_short()
-        if connection.messages_left > 0:
-            connection.messages_left -= 1
+        if connection.charge_at == NOW:
+            is_short = connection._is_short()
+            if connection.messages_left > 0:
+                connection.messages_left -= 1
+        else:
+            is_short = connection.charge_at == UNPAID
         verdict = fs_scan_utf8(p, n, &self.envelope) if is_utf8 else fs_scan(p, n, &self.envelope)
         if verdict == FS_OK:
             self.kind = relayed_type(self.envelope.type.p, self.envelope.type.n)
@@ -2652,6 +2687,10 @@ cdef class Relay:
         self._count_other("other", n)
         if verdict == FS_BAD_UTF8:
             return connection.fail(1007)
+        if verdict == FS_BAD_JSON:
+            self.envelope.room.p = self.envelope.id.p = NULL  # whatever was found so far
+        if is_short and self._is_refused_for_rate(connection, True, False):
+            return 0
         if verdict == FS_BAD_JSON:
             self.on_refused(connection, "bad_json", None, None, None)
             return 0

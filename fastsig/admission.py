@@ -24,6 +24,7 @@ from .auth import KeysWanted, TokenError
 from .config import Auth, Config, Limits
 from .errors import CloseCode, ProtocolError
 from .limits import Bucket, Complaints
+from .webhook import Decision
 
 if TYPE_CHECKING:
     from .auth import Grant, KeySets, Verifier
@@ -34,6 +35,7 @@ _log = logs.get("fastsig.admission")
 
 WARN_S: Final = 60.0  # before the end of a token (PROTOCOL §3.4, Expiry)
 GRACE_S: Final = 30.0  # behind it
+LOOK_S: Final = 60.0  # how long before a clock that was set, or a machine that slept, is noticed
 JOIN_BURST: Final = 4  # seconds' worth of joins at once (PROTOCOL §4)
 NO_RELAY: Final = 1  # of `Connection.denies`
 NO_BROADCAST: Final = 2
@@ -58,10 +60,10 @@ class Record:
     reports: dict[int, float] | None = None
     joins: Bucket | None = None
     grant: "Grant | None" = None
-    limits: Mapping[str, int] | None = None  # its own, by name, where it ever had any: everybody's for the rest
-    decided: Mapping[str, int] | None = None  # those of them that the webhook gave
+    webhook_limits: Mapping[str, int] | None = None
+    own_rates: dict[str, int] | None = None  # those of the relay that are not everybody's
     said_hello: bool = False
-    is_meta_fixed: bool = False  # it comes from the token or the webhook
+    is_meta_fixed: bool = False  # by the webhook
     is_warned: bool = False
 
 
@@ -105,18 +107,17 @@ class Admission:
             record: Record | None = connection.context
             if record is None:
                 continue
-            if record.grant is None or not self.end_if_revoked(connection, record.grant):
-                self._apply(connection, record)
+            if record.grant is not None and self.is_revoked(record.grant):
+                self._relay.count(_TOKENS["revoked"])
+                connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
+            else:
+                self._allow(connection, record)
+
+    def is_revoked(self, grant: "Grant") -> bool:
+        """Also where no key is configured any more."""
+        return self.verifier is None or self.verifier.is_revoked(grant)
 
     # ---- tokens
-
-    def end_if_revoked(self, connection: Connection, grant: "Grant") -> bool:
-        """Close a connection that has shown this token, if that is good no more."""
-        if self.verifier is not None and not self.verifier.is_revoked(grant):
-            return False
-        self._relay.count(_TOKENS["revoked"])
-        connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
-        return True
 
     def check(self, token: str) -> "Grant":
         """What it grants. Raises ProtocolError, or KeysWanted when the issuer's keys are to be fetched first."""
@@ -181,11 +182,11 @@ class Admission:
             raise ProtocolError("too_large")
         return peer
 
-    def adopt(self, connection: Connection, grant: "Grant") -> None:
-        """From here on this is what the connection is granted."""
+    def adopt(self, connection: Connection, grant: "Grant") -> bool:
+        """From here on this is what the connection is granted. False: so it was before."""
         record = record_of(connection)
         if grant is record.grant:
-            return
+            return False
         record.grant = grant
         record.is_warned = False
         denied = {"relay": NO_RELAY, "broadcast": NO_BROADCAST}
@@ -193,34 +194,42 @@ class Admission:
         if grant.expires_at is None:
             connection.alarm(math.inf)
         else:
-            connection.alarm(self._clock() + grant.expires_at - WARN_S - self._unix_clock())
-        self._combine(connection, record)
+            connection.alarm(self._clock() + min(grant.expires_at - WARN_S - self._unix_clock(), LOOK_S))
+        self._allow(connection, record)
+        return True
 
-    def allow(self, connection: Connection, limits: Mapping[str, int]) -> None:
-        """What the webhook lets it use, by the names of `limits`: whatever token it shows, until it says otherwise."""
+    def heed(self, connection: Connection, decision: Decision) -> None:
+        """The webhook let it join. What it said of the connection holds until it says otherwise."""
         record = record_of(connection)
-        record.decided = {**(record.decided or {}), **limits}
-        self._combine(connection, record)
+        if decision.limits:
+            record.webhook_limits = decision.limits
+            self._allow(connection, record)
+        if decision.meta is not None:
+            record.is_meta_fixed = True
 
-    def _combine(self, connection: Connection, record: Record) -> None:
-        own = {} if record.grant is None else record.grant.limits
-        limits = {**own, **(record.decided or {})}
-        if limits or record.limits is not None:
-            record.limits = limits
-            self._apply(connection, record)
+    def is_meta_fixed(self, connection: Connection) -> bool:
+        """Does its metadata come from the token or the webhook?"""
+        record = record_of(connection)
+        return record.is_meta_fixed or (record.grant is not None and record.grant.meta is not None)
 
-    def _apply(self, connection: Connection, record: Record) -> None:
-        if record.limits is not None:
-            connection.allow({name: self.limit(record, name) for name in RATES})
+    def _allow(self, connection: Connection, record: Record) -> None:
+        """What it may use has changed, perhaps. A bucket is not filled by that."""
         if record.joins is not None:
             rate = self.limit(record, "joins_per_s")
             record.joins.configure(rate, JOIN_BURST * rate)
+        is_own = bool(record.webhook_limits) or (record.grant is not None and bool(record.grant.limits))
+        rates = {name: self.limit(record, name) for name in RATES} if is_own else None
+        if rates != record.own_rates:
+            record.own_rates = rates
+            connection.allow(rates)
 
     def limit(self, record: Record, name: str) -> int:
-        """One of `limits`, for this connection."""
-        own = None if record.limits is None else record.limits.get(name)
+        """One of `limits`, for this connection: the webhook's, else the token's, else everybody's."""
+        for own in (record.webhook_limits, None if record.grant is None else record.grant.limits):
+            if own and name in own:
+                return own[name]
         everybodys: int = getattr(self._limits, name)
-        return everybodys if own is None else own
+        return everybodys
 
     def _is_over(self, grant: "Grant") -> bool:
         return grant.expires_at is not None and grant.expires_at <= self._unix_clock()
@@ -243,7 +252,7 @@ class Admission:
             connection.denies |= EXPIRED
             left += GRACE_S
         elif left > WARN_S:
-            left -= WARN_S
+            left = min(left - WARN_S, LOOK_S)
         elif not record.is_warned:
             record.is_warned = True
             connection.send(protocol.token_expiring(math.ceil(left)))
@@ -271,17 +280,17 @@ class Admission:
 
     def hits(self, connection: Connection | None, limit: str) -> bool:
         """A limit is reached, of `metrics.LIMITS`: is it to be kept? Counted and logged either way."""
-        is_enforced = self._relay.hit(_LIMITS[limit])
-        self.complain(connection, limit, is_enforced=is_enforced)
-        return is_enforced
+        self.complain(connection, limit)
+        return self._relay.hit(_LIMITS[limit])
 
-    def complain(self, connection: Connection | None, limit: str, *, is_enforced: bool) -> None:
+    def complain(self, connection: Connection | None, limit: str) -> None:
         """To the operator, once a second and address."""
         address = "" if connection is None else connection.address
         left_out = self._complaints.admit(address, limit, self._clock())
         if left_out is not None:
             shown = address if self.names_addresses else ""
-            _log.warning("limit_hit", limit=limit, address=shown, enforced=is_enforced, left_out=left_out)
+            enforced = not self._limits.dry_run or limit == "turn"
+            _log.warning("limit_hit", limit=limit, address=shown, enforced=enforced, left_out=left_out)
 
 
 RATES: Final = ("messages_per_s", "message_burst", "bytes_per_s", "fanout_bytes_per_s")

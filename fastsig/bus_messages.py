@@ -16,8 +16,8 @@ from msgspec import Raw, Struct
 class Join(Struct, tag="join", frozen=True):
     """Home to owner: may this peer become a member? `request` is the home's number for it.
 
-    `proof`: the issuer of the token that the id comes from; None: nobody vouches for it. `read_at`: when the home read
-    it, monotonic seconds of this machine.
+    `proof`: issuer and subject of the token that the id comes from; None: nobody vouches for it. `read_at`: when the
+    home read it, monotonic seconds of this machine.
     """
 
     request: int
@@ -40,12 +40,13 @@ class Withdraw(Struct, tag="withdraw", frozen=True):
 
 
 class Entry(Struct, frozen=True, array_like=True):
-    """One member as a roster has it. `proof`: see `Join`."""
+    """One member as a roster has it. `proof`, `read_at`: see `Join`."""
 
     peer: str
     n: int
     meta: Raw
     proof: str | None = None
+    read_at: float = 0.0
 
 
 class Admitted(Struct, tag="admitted", frozen=True):
@@ -131,10 +132,10 @@ class Kick(Struct, tag="kick", frozen=True):
 
 
 class Kicked(Struct, tag="kicked", frozen=True):
-    """Owner to home: so it is; or there is no such member."""
+    """Owner to home: so it is; or it is not, for this code of the catalogue."""
 
     request: int
-    was_there: bool
+    code: str | None = None
 
 
 class Announce(Struct, tag="announce", frozen=True):

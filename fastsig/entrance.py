@@ -196,7 +196,7 @@ class Entrance:
     def _suspect(self, address: str) -> None:
         """Once; and again after a reload that has not helped."""
         self._same = 0
-        if address and not self._has_warned and ip_address(address).is_private:
+        if address and not self._has_warned and not ip_address(address).is_global:
             self._has_warned = True
             shown = address if self._names_addresses else ""
             _log.warning("one_address", address=shown, connections=SAME_ADDRESS)

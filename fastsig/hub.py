@@ -81,7 +81,6 @@ class _Request:
     grant: Grant | None = None
     join: Join = _UNDECIDED
     decision: Decision | None = None  # the webhook's
-    is_meta_fixed: bool = False
     is_held: bool = False
     cancel: Callable[[], None] | None = None  # of what it waits for
     owner: Neighbour | None = None  # that was asked
@@ -93,12 +92,12 @@ class _Request:
         self.connection = connection
         self.message = message
         self.payload = payload
-        self.read_at = now
+        self.until = now + DECISION_S
+        self.read_at = connection.read_at or now
 
-    def fix_meta(self, meta: bytes) -> None:
-        """Instead of what the peer says of itself."""
+    def replace_meta(self, meta: bytes) -> None:
+        """What the peer says of itself."""
         self.join = msgspec.structs.replace(self.join, meta=Raw(meta))
-        self.is_meta_fixed = True
 
 
 class _Kick(NamedTuple):
@@ -195,9 +194,9 @@ class Hub:
         self._limits = self.rooms.limits = limits
         self.rooms.shows_proof = not auth.required
         self.admission.configure(limits, auth, verifier, key_sets)
-        for request in list(self._requests.values()):  # tokens that are not the connections' yet
-            if request.grant is not None and request.grant is not grant_of(request.connection):
-                self.admission.end_if_revoked(request.connection, request.grant)
+        for request in list(self._requests.values()):
+            if request.grant is not None and self.admission.is_revoked(request.grant):
+                request.connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
 
     def stats(self) -> dict[str, int]:
         """How long its tables are, by name."""
@@ -243,11 +242,12 @@ class Hub:
 
     def limited(self, connection: Connection, limit: str, after_ms: int, room: str | None, id: str | None) -> None:
         """A message of it came too soon."""
+        self.complain(connection, limit)
         self.refuse(connection, "rate_limited", room, id, None, after_ms)
 
-    def exceeded(self, connection: Connection, limit: str, is_enforced: bool) -> None:  # noqa: FBT001 # a callback
-        """It is above a rate. What is done about that is done."""
-        self.admission.complain(connection, limit, is_enforced=is_enforced)
+    def complain(self, connection: Connection, limit: str) -> None:
+        """It is above a limit: the operator may want to know."""
+        self.admission.complain(connection, limit)
 
     def alarm(self, connection: Connection) -> None:
         """A time has come that was set for it."""
@@ -357,7 +357,7 @@ class Hub:
         if self.tracer is not None:
             self.tracer.join(connection, payload.trace)
         request = self._request(connection, message, payload)
-        self.admission.take_join(connection, request.read_at)
+        self.admission.take_join(connection, request.until - DECISION_S)
         self.admission.check_debt(connection)
         self._check_joiner(connection, name)
         self._identify(request, self._authorize)
@@ -370,15 +370,9 @@ class Hub:
         self._identify(request, self._refreshed)
 
     def _refreshed(self, request: _Request) -> None:
-        """Rooms that the new token does not grant are left."""
         connection, grant = request.connection, request.grant
         assert grant is not None  # a token was shown
-        self.admission.adopt(connection, grant)
-        for member in connection.rooms:
-            if not grant.grants(member.room.name, "join"):
-                self._remove(member, "kicked")
-                left = protocol.Left(room=member.room.name, payload=protocol.Reason("kicked"))
-                connection.send(left.encode())
+        self._adopt(connection, grant)
         life = protocol.Life(self.admission.lasts_s(grant))
         connection.send(protocol.Refreshed(payload=life, id=request.message.id).encode())
         self._end(request)
@@ -391,8 +385,7 @@ class Hub:
             raise ProtocolError("forbidden")
         owner = self.owner(name)
         if owner is None:
-            was_there = self.rooms.kick(name, peer, seconds)
-            self._answer_kick(connection, message, None if was_there else "peer_unavailable")
+            self._answer_kick(connection, message, self.rooms.kick(name, peer, seconds))
         elif owner.is_open:
             number = next(self._numbers)
             self._kicks[number] = _Kick(connection, message, owner, self._clock() + DECISION_S)
@@ -403,17 +396,16 @@ class Hub:
     def _leave(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
         member = _membership(connection, name)
-        self._remove(member, "left")
         connection.charge(PRESENCE_BYTES * _others(member.room))
+        self._remove(member, "left")
         connection.send(protocol.Left(room=name, payload=protocol.Reason("left"), id=message.id).encode())
 
     def _update(self, connection: Connection, message: Message) -> None:
         member = _membership(connection, _room_of(message))
         meta = protocol.read_update(message.payload, meta_bytes=self._limits.meta_bytes)
         self.admission.check_debt(connection)
-        if record_of(connection).is_meta_fixed:
+        if self.admission.is_meta_fixed(connection):
             raise ProtocolError("forbidden")
-        connection.charge((PRESENCE_BYTES + len(meta)) * _others(member.room))
         owner = member.room.owner
         if owner is None:
             self.rooms.update(member, meta)
@@ -422,6 +414,7 @@ class Hub:
             owner.say(encode(Update(member.n, Raw(meta))))
         else:
             raise ProtocolError("backend_unavailable")
+        connection.charge((PRESENCE_BYTES + len(meta)) * _others(member.room))
 
     def _ping(self, connection: Connection, message: Message) -> None:
         if message.payload is not None and len(message.payload) > protocol.PING_PAYLOAD_BYTES:
@@ -480,11 +473,11 @@ class Hub:
             raise ProtocolError("forbidden")
         request.join = Join(
             request.number, name, peer, payload.meta, payload.max_peers, payload.trace,
-            proof=None if grant is None else grant.issuer, read_at=request.read_at,
+            proof=None if grant is None else f"{grant.issuer}\n{grant.subject}", read_at=request.read_at,
             may_create=grant is None or grant.grants(name, "create"),
         )  # fmt: skip
         if grant is not None and grant.meta is not None:
-            request.fix_meta(grant.meta)
+            request.replace_meta(grant.meta)
         if self.asker is None or not self.asker.is_wanted:
             self._place_in_room(request)
             return
@@ -515,7 +508,7 @@ class Hub:
         if not decision.is_allowed:
             raise ProtocolError(decision.code, after_ms=decision.after_ms)
         if decision.meta is not None:
-            request.fix_meta(decision.meta)
+            request.replace_meta(decision.meta)
         if decision.max_peers is not None:
             request.join = msgspec.structs.replace(request.join, max_peers=decision.max_peers)
         self._place_in_room(request)
@@ -544,16 +537,24 @@ class Hub:
 
     def _settle(self, request: _Request) -> None:
         """A hello or join succeeded: the connection has its id and its rights, and may stay."""
-        connection = request.connection
+        connection, decision = request.connection, request.decision
         if connection.peer is None:
             connection.identify(request.join.peer)
         if request.grant is not None:
-            self.admission.adopt(connection, request.grant)
-        if request.decision is not None and request.decision.limits:
-            self.admission.allow(connection, request.decision.limits)
-        if request.is_meta_fixed:
-            record_of(connection).is_meta_fixed = True
+            self._adopt(connection, request.grant)
+        if decision is not None:
+            self.admission.heed(connection, decision)
         connection.settle()
+
+    def _adopt(self, connection: Connection, grant: Grant) -> None:
+        """It showed a token: rooms that this does not grant are left."""
+        if not self.admission.adopt(connection, grant):
+            return
+        for member in connection.rooms:
+            if not grant.grants(member.room.name, "join"):
+                self._remove(member, "kicked")
+                left = protocol.Left(room=member.room.name, payload=protocol.Reason("kicked"))
+                connection.send(left.encode())
 
     def _send_joined(self, member: Member, peers: list[protocol.RosterEntry], id: str | None) -> None:
         payload = protocol.Roster(n=member.n, peers=peers)
@@ -583,7 +584,7 @@ class Hub:
         self._settle(request)
         join = request.join
         member = self._relay.add_away(word.room, owner, request.connection, word.n, bytes(join.meta))
-        member.proof = join.proof
+        member.proof, member.read_at = join.proof, join.read_at
         room = member.room
         room.max_peers = word.max_peers
         if word.roster is not None:
@@ -659,9 +660,10 @@ class Hub:
     def tick(self, now: float) -> None:
         """Answer those who have waited too long. Call a few times a second."""
         for number, request in list(self._requests.items()):
-            if now < request.read_at + DECISION_S:
+            if now < request.until:
                 break
-            self._give_up(self._withdraw(number), "backend_unavailable")
+            if number in self._requests:  # what waited behind another one may have ended it
+                self._give_up(self._withdraw(number), "backend_unavailable")
         for number, kick in list(self._kicks.items()):
             if now < kick.until:
                 break
@@ -678,7 +680,7 @@ class Hub:
             connection.send_close(CloseCode.REPLACED)
             return
         connection.send(protocol.Left(room=room, payload=protocol.Reason(reason)).encode())
-        if not connection.rooms and not connection.is_waiting:
+        if not connection.rooms:
             connection.send_close(CloseCode.KICKED)
 
     def _on_evicted(self, owner: Neighbour, word: Evicted) -> None:
@@ -689,7 +691,7 @@ class Hub:
 
     def _on_kicked(self, owner: Neighbour, word: Kicked) -> None:
         if word.request in self._kicks:
-            self._end_kick(word.request, None if word.was_there else "peer_unavailable")
+            self._end_kick(word.request, word.code)
 
     def _end_kick(self, number: int, code: str | None) -> None:
         kick = self._kicks.pop(number)
@@ -727,7 +729,7 @@ class Hub:
         self._relay.drop_acks_of(neighbour)
         self.rooms.on_lost(neighbour)
         for number, request in list(self._requests.items()):
-            if request.owner is neighbour:
+            if request.owner is neighbour and number in self._requests:
                 self._give_up(self._withdraw(number), "backend_unavailable")
         for number in [number for number, kick in self._kicks.items() if kick.owner is neighbour]:
             self._end_kick(number, "backend_unavailable")

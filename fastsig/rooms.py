@@ -45,7 +45,7 @@ from .errors import ProtocolError
 from .routing import Address
 
 CROWD_AFTER_MS: Final = 1000  # what a crowd was refused may be tried again
-BANS: Final = 10_000  # of peers that were kicked; the oldest is forgotten for one more
+BANS: Final = 10_000  # of peers that were kicked; for one more that which ends first is forgotten
 ID_TAKEN_AFTER_MS: Final = 6000  # PROTOCOL §3.2: by then the probe of the older connection has ended
 
 
@@ -84,7 +84,7 @@ class Rooms:
         self._clock = clock
         self._hits = hits
         self._evicted = evicted
-        self._bans: dict[tuple[str, str], float] = {}  # (room, peer) → until, the oldest first
+        self._bans: dict[tuple[str, str], float] = {}  # (room, peer) → until
         self._ordinals = routing.ordinals(generation)
         self._awaited: set[Address] = set()  # while gathering: who has not announced all yet
         self._announced: list[Neighbour] = []  # while gathering: who has
@@ -117,7 +117,7 @@ class Rooms:
     def check(self, join: Join) -> None:
         """May this peer become a member? One who has its id goes, if both prove it. Raises ProtocolError."""
         room = self._relay.find_room(join.room)
-        if self._bans and self._bans.get((join.room, join.peer), 0.0) > self._clock():
+        if self._is_banned(join.room, join.peer):
             raise ProtocolError("forbidden")
         if room is None:
             if not join.may_create:
@@ -138,8 +138,9 @@ class Rooms:
             raise ProtocolError("room_full")
 
     def _replace(self, holder: Member, join: Join) -> None:
-        """By a join that is as good, and was not read before the holder's (PROTOCOL §3.2, the same id twice)."""
-        if join.proof is None or holder.proof != join.proof or join.read_at < holder.read_at:
+        """By a join that proves the id, where the holder does not prove it otherwise, and that was not read before the
+        holder's (PROTOCOL §3.2, the same id twice)."""
+        if join.proof is None or holder.proof not in {None, join.proof} or join.read_at < holder.read_at:
             _probe(holder)
             raise ProtocolError("id_taken", after_ms=ID_TAKEN_AFTER_MS)
         self.evict(holder, "replaced")
@@ -153,19 +154,29 @@ class Rooms:
         if home is None:
             self._evicted(connection, room, reason)
 
-    def kick(self, name: str, peer: str, seconds: int) -> bool:
-        """Out, and not in again for so long. False: there is no such member."""
+    def kick(self, name: str, peer: str, seconds: int) -> str | None:
+        """Out, and not in again for so long. Else the code of the catalogue that says why not."""
+        if self.is_gathering:
+            return "backend_unavailable"
         room = self._relay.find_room(name)
         member = None if room is None else room.find(peer)
         if member is None:
-            return False
-        self._bans.pop((name, peer), None)
+            return "peer_unavailable"
         if seconds:
-            self._bans[name, peer] = self._clock() + seconds
-        if len(self._bans) > BANS:
-            del self._bans[next(iter(self._bans))]
+            self._ban(name, peer, self._clock() + seconds)
         self.evict(member, "kicked")
-        return True
+        return None
+
+    def _ban(self, name: str, peer: str, until: float) -> None:
+        if len(self._bans) >= BANS:
+            now = self._clock()
+            self._bans = {key: end for key, end in self._bans.items() if end > now}
+        if len(self._bans) >= BANS:
+            del self._bans[min(self._bans, key=self._bans.__getitem__)]
+        self._bans[name, peer] = until
+
+    def _is_banned(self, name: str, peer: str) -> bool:
+        return bool(self._bans) and self._bans.get((name, peer), 0.0) > self._clock()
 
     @property
     def bans(self) -> int:
@@ -269,12 +280,14 @@ class Rooms:
         self._announcements.setdefault(home, []).append(word)
 
     def _take_back(self, home: Neighbour, word: Announce, entry: Entry) -> bool:
-        """False when another peer has taken its name since."""
+        """False when another peer has taken its name since, or it was kicked and has not heard of it."""
+        if self._is_banned(word.room, entry.peer):
+            return False
         room = self._relay.find_room(word.room)
         if home.find_guest(entry.n) is not None or (room is not None and room.find(entry.peer) is not None):
             return False
         member = self._relay.add_guest(word.room, home, entry.peer, entry.n, bytes(entry.meta))
-        member.proof = entry.proof
+        member.proof, member.read_at = entry.proof, entry.read_at
         _first_decides(member, word.max_peers)
         if not self.is_gathering:
             self.introduce(member, knows=home)
@@ -312,7 +325,7 @@ class Rooms:
 
 def entries(members: Iterable[Member]) -> list[Entry]:
     """As a word has them."""
-    return [Entry(member.name, member.n, Raw(member.meta), member.proof) for member in members]
+    return [Entry(member.name, member.n, Raw(member.meta), member.proof, member.read_at) for member in members]
 
 
 def _begin(member: Member, join: Join) -> None:

@@ -181,7 +181,7 @@ def _read_meta(meta: Raw | UnsetType, most: int) -> bytes | None:
     text = NULL if meta is UNSET else bytes(meta)
     if text == NULL:
         return None
-    if len(text) > most:
+    if 0 < most < len(text):
         raise ValueError(f"the answer's meta is {len(text)} bytes, and limits.meta_bytes is {most}")
     try:
         value = _ANY.decode(text)  # `Raw` was not looked into

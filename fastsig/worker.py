@@ -339,13 +339,14 @@ class Worker:
 
     def _configure(self, config: Config) -> None:
         """All at once: no message is handled under half of it."""
-        self._config = config
-        logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
-        self.relay.configure(**_for_relay(config))
         try:
             self._set_rules(config)
         except ConfigError as error:  # the supervisor could read the files a moment ago
             _log.warning("reload_refused", reason=str(error))
+            return
+        self._config = config
+        logs.configure(config.log.level, config.log.format, worker=self._boot.slot)
+        self.relay.configure(**_for_relay(config))
         if self._credentials is not None:
             self._credentials.configure(config.server)
             self.relay.set(_EXPIRES, self._credentials.certificate.expires_at)

@@ -57,6 +57,7 @@ class Site:
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
 
     def __enter__(self) -> Self:
@@ -66,7 +67,6 @@ class Site:
 
     def __exit__(self, *reason: object) -> None:
         self.stop()
-        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result(START_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_S)
         self._loop.close()
@@ -88,25 +88,20 @@ class Site:
         application.router.add_route("*", "/{path:.*}", self._handle)
         self._runner = web.AppRunner(application, shutdown_timeout=0.0, handler_cancellation=True, access_log=None)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
-        await site.start()
-        self.port = self._runner.addresses[0][1]
+        assert self._runner.server is not None
+        self._server = await self._loop.create_server(self._runner.server, "127.0.0.1", self.port)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     async def _stop(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
-
-    async def _settle(self) -> None:
-        """Connections that were just accepted, or closed, come to their end, which takes some turns of the loop."""
-        for _ in range(10):
-            await asyncio.sleep(0)
-        others = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in others:
-            task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
-        for _ in range(10):
-            await asyncio.sleep(0)
+        if self._runner is None or self._server is None:
+            return
+        for listener in self._server.sockets:
+            self._loop.remove_reader(listener.fileno())
+        await _settle()  # until 3.12 a connection that was just accepted is lost, open, when its server closes
+        self._server.close()
+        await self._runner.cleanup()
+        await _settle()
+        self._runner = self._server = None
 
     async def _handle(self, request: web.Request) -> web.Response:
         self.requests += 1
@@ -126,6 +121,12 @@ class Site:
     def answer(self, request: web.Request, body: bytes) -> bytes:
         """In the server's thread."""
         raise NotImplementedError
+
+
+async def _settle() -> None:
+    """To accept a connection takes some turns of the loop, and so does to close one."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
 class Webhook(Site):

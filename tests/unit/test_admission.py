@@ -320,10 +320,8 @@ async def test_newcomer_with_the_same_proof_replaces_the_holder(where: str) -> N
     assert kinds(heard(new)) == ["message"]
 
 
-@pytest.mark.parametrize(
-    ("holder", "newcomer"), [(None, None), (None, mint), (mint, None)], ids=["neither", "newcomer", "holder"]
-)
-async def test_without_proof_on_both_sides_nobody_is_thrown_out(
+@pytest.mark.parametrize(("holder", "newcomer"), [(None, None), (mint, None)], ids=["neither", "holder"])
+async def test_who_does_not_prove_it_throws_nobody_out(
     host: Host, holder: Callable[[], str] | None, newcomer: Callable[[], str] | None
 ) -> None:
     old = join(host, holder and holder(), **({} if holder else {"sender": "alice"}))
@@ -332,6 +330,21 @@ async def test_without_proof_on_both_sides_nobody_is_thrown_out(
     (error,) = new.take()
     assert (error["code"], error["retry"], error["after_ms"]) == ("id_taken", True, 6000)
     assert [opcode for opcode, _ in old.take_frames()] == [9], "it is asked whether it lives"
+
+
+async def test_who_proves_an_id_need_not_wait_for_one_that_only_says_so(host: Host) -> None:
+    squatter = join(host, sender="alice")
+    squatter.take()
+    assert join(host, mint()).take()[0]["type"] == "joined"
+    assert kinds(heard(squatter)) == [4507]
+
+
+async def test_id_that_another_subject_proves_is_taken(host: Host) -> None:
+    bob = join(host, mint("alice/bob"))
+    bob.take()
+    tab = join(host, mint("alice", multi=True), sender="alice/bob")
+    assert tab.take_error() == "id_taken"
+    assert all(opcode != CLOSE for opcode, _ in bob.take_frames())
 
 
 async def test_join_that_was_read_before_the_holders_never_replaces_it(host: Host) -> None:

@@ -357,7 +357,7 @@ async def test_waiting_connection_answers_pings_and_is_not_read_above_its_bound(
     a.feed(frame(9, b"hm"))
     assert a.take_frames() == [(10, b"hm")]
     for number in range(70):
-        assert a.transport.is_paused == (number > 62)  # a message has 45 bytes more, and 4 for its length
+        assert a.transport.is_paused == (number > 61)  # a message has 45 bytes more, and 8 before it
         say(cluster, a, type="message", room=room, payload="x" * 1000)
     assert a.take() == []
     cluster.hosts[1] = stopped
@@ -667,7 +667,7 @@ async def test_empty_messages_count_towards_the_waiting_bytes() -> None:
     assert a.transport.is_paused
 
 
-async def test_tiny_messages_that_wait_cost_no_more_than_they_did_on_the_wire() -> None:
+async def test_tiny_messages_that_wait_cost_little_more_than_they_did_on_the_wire() -> None:
     cluster = Cluster(2)
     room = cluster.room(1)
     stopped, cluster.hosts[1] = cluster[1], None
@@ -676,7 +676,7 @@ async def test_tiny_messages_that_wait_cost_no_more_than_they_did_on_the_wire() 
     base = cluster[0].relay.stats()["input_buffer_bytes"]
     sent = frame(TEXT, "{}") * 10_000
     a.feed_only(sent)
-    assert cluster[0].relay.stats()["input_buffer_bytes"] - base < 2 * len(sent)
+    assert cluster[0].relay.stats()["input_buffer_bytes"] - base < 3 * len(sent)
     cluster.hosts[1] = stopped
     cluster.run()
     assert a.take_close() == 4509

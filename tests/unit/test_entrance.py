@@ -241,6 +241,7 @@ async def test_hits_are_logged_once_a_second_and_name_the_address_if_wanted(
     [
         ("127.0.0.1", Server(), True),
         ("10.0.0.1", Server(), True),
+        ("100.64.0.1", Server(), True),  # of a carrier, or the pods of some clouds
         ("::1", Server(), True),
         ("8.8.8.8", Server(), False),
         ("10.0.0.1", PROXIES, True),  # it is trusted, and says nothing about its clients
