@@ -19,6 +19,7 @@ Above the class `Room` is what is pure, and tested without sockets.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import random
 import ssl as tls
@@ -42,6 +43,7 @@ from .protocol import (
     Leaver,
     Newcomer,
     Outcome,
+    Reason,
     ReportPayload,
     Roster,
     Transport,
@@ -188,7 +190,7 @@ class Entered(Struct, frozen=True):
 
 
 class TokenExpiring(Struct, frozen=True):
-    """Our token is good for `in_s` seconds more: `Room.refresh`."""
+    """Our token is good for `in_s` seconds more: `Room.refresh`. No event where a function gives tokens."""
 
     in_s: float
 
@@ -210,6 +212,7 @@ Heard: TypeAlias = (
     | TokenExpiring
     | Entered
     | Answer
+    | ClosedError
     | WelcomePayload
     | Departure
 )
@@ -254,13 +257,13 @@ class _Request(Struct, omit_defaults=True):
 _encode = msgspec.json.Encoder().encode
 _json = Decoder().decode
 _ENVELOPE: Final = Decoder(_Envelope)
-# Type -> what its payload is, and what it becomes. `left` is not here: a close follows, which says why. Nor is what
-# this client does not ask for: `pong`.
+# Type -> what its payload is, and what it becomes. What this client does not ask for is not here: `pong`.
 _READERS: Final[Mapping[str, tuple[Decoder[Any], "Callable[[_Envelope, Any], Heard]"]]] = {
     "joined": (Decoder(Roster), lambda it, room: Entered(it.sender, room.n, _roster(room))),
     "peer-joined": (Decoder(Newcomer), lambda it, who: PeerJoined(it.sender, who.n, _json(who.meta), who.trace)),
     "peer-left": (Decoder(Leaver), lambda it, who: PeerLeft(it.sender, who.n, who.reason)),
     "peer-updated": (Decoder(Updated), lambda it, who: PeerUpdated(it.sender, who.n, _json(who.meta))),
+    "left": (Decoder(Reason), lambda it, left: removed(left.reason)),
     "ack": (Decoder(_Counts), lambda it, counts: Answer(it.id or "", counts.delivered + counts.queued)),
     "kicked": (Decoder(), lambda it, nothing: Answer(it.id or "")),
     "refreshed": (Decoder(_Left), lambda it, left: Answer(it.id or "", left.expires_in)),
@@ -317,6 +320,17 @@ def closed(code: int | None) -> ClosedError:
     return ClosedError(name, f"The server closed the connection with {code}.", close_code=code)
 
 
+def removed(reason: str) -> ClosedError:
+    """The exception for a word of the server that we are in the room no more; a close may follow, or not."""
+    code = CloseCode.ROOM_CLOSED if reason == "closed" else CloseCode.KICKED
+    return ClosedError(code.name.lower(), "The server took us out of the room.", close_code=code)
+
+
+def renewal_s(left_s: float, age_s: float) -> float:
+    """Seconds until a new token is got, when the old one has so many left: none, unless it is hardly used."""
+    return left_s / 2 if age_s < left_s else 0.0
+
+
 def place(url: str, room: str) -> str:
     """The URL with the room in its query, where the server finds it before the handshake. Raises ValueError."""
     parts = urlsplit(url)
@@ -343,6 +357,8 @@ def refusal(status: int, retry_after: str | None, body: bytes | None) -> Unreach
 class _Link(WSListener):
     """One connection. `ended` gets its close code, or None; `departure`, `entered` what the room hears on it.
 
+    `expiring` is set when its token has `token_left_s` left, and a new one is to be shown.
+
     `lose` is called, at once and maybe more than once, when nothing can be written any more.
     """
 
@@ -355,7 +371,9 @@ class _Link(WSListener):
         self._fragments: list[bytes] = []
         self._code: int | None = None
         self.entered: asyncio.Future[ClientError | None] = loop.create_future()  # the refusal, or None
-        self.departure: asyncio.Future[Departure] = loop.create_future()
+        self.departure: asyncio.Future[Departure | ClosedError] = loop.create_future()
+        self.expiring = asyncio.Event()
+        self.token_left_s = 0.0
         self.ended: asyncio.Future[int | None] = loop.create_future()
         self.writable = asyncio.Event()
         self.writable.set()
@@ -498,9 +516,10 @@ def connect(  # noqa: PLR0913 (keywords, each with a default)
 ) -> "Room":
     """A room to be entered by `async with`, which joins it, and left at the end of the block.
 
-    `id`: None lets the server make one. `token`: or a coroutine function that gets a new one for each connection.
-    `meta`: JSON that the others see. `ack`: `send` and `broadcast` wait until the server has passed the message on,
-    and raise if it refuses it. `backoff`: base and cap in seconds. Raises ValueError for a bad URL.
+    `id`: None lets the server make one. `token`: or a coroutine function that gets a new one, for each connection and
+    when the server says that the old one ends soon. `meta`: JSON that the others see. `ack`: `send` and `broadcast`
+    wait until the server has passed the message on, and raise if it refuses it. `backoff`: base and cap in seconds.
+    Raises ValueError for a bad URL.
     """
     settings = _Settings(place(url, room), room, ack, max(2, max_events), open_timeout_s, backoff, ssl)
     return Room(settings, id, token, meta)
@@ -514,6 +533,7 @@ class Room(AsyncIterator[Event]):
         self._id = id
         self._n = 0
         self._token = token
+        self._token_at = 0.0  # when a function gave the latest
         self._meta = meta
         self._peers: dict[str, Peer] = {}
         self._events: deque[Event] = deque()
@@ -705,29 +725,31 @@ class Room(AsyncIterator[Event]):
         match heard:
             case Entered():
                 self._enter(link, heard)
-                return
             case WelcomePayload():
                 if self._settings.ack and "ack" not in heard.caps:
                     self._refuse(link, ClientError("no_acks", "The server does not grant acknowledgements."))
-                return
-            case Departure():
+            case Departure() | ClosedError():
                 if not link.departure.done():
                     link.departure.set_result(heard)
-                return
+            case TokenExpiring() if callable(self._token):
+                link.token_left_s = heard.in_s
+                link.expiring.set()
             case Answer():
                 self._answer(heard.id, heard.value)
-                return
             case Refused() if not link.entered.done():  # nothing but hello and join were said
                 self._refuse(link, heard.as_error())
-                return
             case Refused(id=str(name)) if name in self._answers:
                 self._answer(name, heard.as_error())
-                return
+            case _:
+                self._happen(heard)
+
+    def _happen(self, event: Event) -> None:
+        match event:
             case PeerJoined(peer=peer) | PeerUpdated(peer=peer):
-                self._peers[peer] = Peer(heard.n, heard.meta)
+                self._peers[peer] = Peer(event.n, event.meta)
             case PeerLeft(peer=peer):
                 self._peers.pop(peer, None)
-        self._put(heard)
+        self._put(event)
 
     def _answer(self, id: str, answer: float | ClientError) -> None:
         waiting = self._answers.get(id)
@@ -818,7 +840,7 @@ class Room(AsyncIterator[Event]):
 
     async def _one(self) -> float | None:
         """One connection, to its end. Seconds to wait as the server asked for, else None. Raises ClientError."""
-        token = await self._token() if callable(self._token) else self._token
+        token = await self._new_token() if callable(self._token) else self._token
         link = _Link(self._hear, self._lose)
         try:
             try:
@@ -850,12 +872,51 @@ class Room(AsyncIterator[Event]):
         if (error := link.entered.result()) is not None:
             raise error
 
+    async def _new_token(self) -> str:
+        assert callable(self._token)
+        self._token_at = asyncio.get_running_loop().time()
+        return await self._token()
+
+    async def _keep_token(self, link: _Link) -> None:
+        """Show a new token each time that the old one ends soon."""
+        while True:
+            await link.expiring.wait()
+            link.expiring.clear()
+            age_s = asyncio.get_running_loop().time() - self._token_at
+            await asyncio.sleep(renewal_s(link.token_left_s, age_s))
+            await self._renew()
+
+    async def _renew(self) -> None:
+        """Until it is done, or of no use: then the old token ends with this connection, and the next brings another."""
+        for failures in itertools.count():
+            try:
+                await self._ask("refresh", room=None, payload={"token": await self._new_token()})
+            except Exception as trouble:  # noqa: BLE001 (of a token function: whoever asks it once more is `_live`)
+                is_final = isinstance(trouble, ClientError) and not trouble.retry
+                what = trouble.code if isinstance(trouble, ClientError) else type(trouble).__name__
+                _log.warning("the token is not renewed (%s)", what)  # its text may hold a token
+                if is_final:
+                    return
+                await asyncio.sleep(backoff_s(failures, *self._settings.backoff))
+            else:
+                return
+
     async def _stay(self, link: _Link) -> float | None:
+        renewing = asyncio.get_running_loop().create_task(self._keep_token(link)) if callable(self._token) else None
+        try:
+            return await self._stay_on(link)
+        finally:
+            if renewing is not None:
+                renewing.cancel()
+
+    async def _stay_on(self, link: _Link) -> float | None:
         await _first_of(link.ended, link.departure)
         if not link.departure.done():
             self._check(link.ended.result())
             return None
         departure = link.departure.result()
+        if isinstance(departure, ClosedError):
+            raise departure
         if departure.action == "stop":
             raise ClosedError("go_away", f"The server asks us to stop: {departure.reason}.")
         loop = asyncio.get_running_loop()

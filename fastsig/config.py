@@ -842,7 +842,7 @@ messages_per_s = 100
 - `--dev` stands for `--server.host localhost --log.level debug --demo.enabled`; a flag beside it wins over it.
 - An unknown key in the file is refused, with exit code 2. An unknown `FASTSIG_…` variable is listed by
   `fastsig config check`, which fails with `--strict`. `fastsig config print` shows what is in effect, and where from.
-- In `[limits]`, 0 switches a limit off, where 0 is allowed.
+- In `[limits]`, 0 switches a limit off, where 0 is allowed. What each does to whom is above it: [limits.md](limits.md).
 - "Reloads" means that a running server takes a new value when it gets SIGHUP. Flags and environment are those of its
   start, the file is read anew; one that cannot be used changes nothing, and the log says why. Options that do not
   reload keep their value, and the log names them. `message_bytes`, `handshake_seconds` and `first_message_seconds`

@@ -232,7 +232,7 @@ async def test_message_above_the_limit_ends_the_membership(server: Server, room:
 
 @on_both_loops
 async def test_reader_that_is_late_holds_few_events_and_loses_none(server: Server, room: str) -> None:
-    count, text = 150, "x" * 4000  # less than a connection may send at once
+    count, text = 150, "x" * 5000  # less in all than `limits.bytes_per_s` lets pass at once
     async with (
         fastsig.connect(server.url, room, id="late", max_events=4) as late,
         fastsig.connect(server.url, room, ack=True) as b,
@@ -281,13 +281,13 @@ async def test_cancelled_user_leaves_the_room(server: Server, room: str) -> None
 
 
 @on_both_loops
-async def test_request_that_the_server_does_not_know_is_refused_with_its_code(server: Server, room: str) -> None:
-    """`refresh` and `kick`, until it knows them."""
+async def test_request_that_the_server_refuses_raises_its_code(server: Server, room: str) -> None:
+    """Of somebody without a token: there is none to refresh, and nothing is granted."""
     async with fastsig.connect(server.url, room) as a:
-        for asking in (a.refresh("secret"), a.kick("b")):
+        for asking, code in ((a.refresh("secret"), "bad_message"), (a.kick("b"), "forbidden")):
             with pytest.raises(fastsig.RefusedError) as refused:
                 await asking
-            assert refused.value.code == "unknown_type"
+            assert refused.value.code == code
         async with fastsig.connect(server.url, room, id="b"):
             assert (await anext(a)) == fastsig.PeerJoined("b", a.peers["b"].n), "a refusal is no event besides"
 
@@ -912,6 +912,56 @@ async def test_token_function_is_asked_also_after_a_refresh() -> None:
             await room.kick("lost")
         await next_of(room, fastsig.Rejoined)
         assert [join["payload"]["token"] for join in script.joins] == ["made", "made"]
+
+
+@on_both_loops
+async def test_token_function_is_asked_when_the_token_ends_soon_until_a_new_one_is_taken(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        await welcome(script, connection, join)
+        await _say(connection, type="token-expiring", payload={"in": 0.02})
+        for code in ("backend_unavailable", None, "unauthorized"):
+            script.heard.append(asked := json.loads(await connection.recv()))
+            if code is not None:
+                retry = code == "backend_unavailable"
+                await _say(connection, type="error", code=code, message="No.", retry=retry, id=asked["id"])
+                continue
+            await _say(connection, type="refreshed", id=asked["id"], payload={"expires_in": 300})
+            await _say(connection, type="token-expiring", payload={"in": 0.02})
+        await connection.close(4004)
+
+    tokens = iter(["secret-1", None, "secret-2", "secret-3", "secret-4", "secret-5"])
+
+    async def token() -> str:
+        made = next(tokens)
+        if made is None:
+            raise LookupError("secret-0")
+        return made
+
+    async with (
+        Script(say, roster()).serving() as script,
+        fastsig.connect(script.url, "r", token=token, **QUICK) as room,
+    ):
+        assert isinstance(await anext(room), fastsig.Rejoined), "it is dealt with, and no event"
+        assert [asked["payload"]["token"] for asked in script.heard] == ["secret-2", "secret-3", "secret-4"]
+        assert [join["payload"]["token"] for join in script.joins] == ["secret-1", "secret-5"]
+    assert "backend_unavailable" in caplog.text and "LookupError" in caplog.text and "secret" not in caplog.text
+
+
+@on_both_loops
+async def test_whoever_is_taken_out_of_the_room_is_out_also_where_no_close_follows() -> None:
+    """A refreshed token that does not grant the room leaves the connection open (PROTOCOL §3.4, Expiry)."""
+
+    async def say(script: Script, connection: ServerConnection, join: dict[str, Any]) -> None:
+        await welcome(script, connection, join)
+        await _say(connection, type="left", room="r", payload={"reason": "kicked"})
+
+    async with Script(say).serving() as script, fastsig.connect(script.url, "r", **QUICK) as room:
+        with pytest.raises(fastsig.ClosedError) as ended:
+            await anext(room)
+        assert (ended.value.code, ended.value.close_code) == ("kicked", 4503)
+        await until(lambda: script.codes == [1000], "the connection stays")
 
 
 @on_both_loops

@@ -9,7 +9,7 @@ import jwt
 import pytest
 
 from fastsig.auth import KeySets, Verifier
-from fastsig.config import Auth
+from fastsig.config import Auth, Limits
 from fastsig.webhook import Decision, Question
 
 from .issuing import jwk, jwk_set, private_key
@@ -451,6 +451,33 @@ async def test_webhook_decides_and_what_is_said_meanwhile_waits(host: Host) -> N
     alice.say(type="update", room="r", payload={"meta": 1})
     alice.say(type="join", room="s")
     assert kinds(alice.take()) == ["forbidden", "too_many_rooms"]
+
+
+async def test_limits_of_the_webhook_hold_whatever_token_is_shown_later(host: Host) -> None:
+    asked = host.ask_webhook()
+    alice = join(host, mint("alice", limits={"rooms_per_connection": 5}))
+    asked[0][1](Decision(is_allowed=True, limits={"rooms_per_connection": 1}))
+    host.run()
+    alice.take()
+    for token in (mint("alice"), mint("alice", limits={"rooms_per_connection": 9, "joins_per_s": 1})):
+        alice.say(type="refresh", payload={"token": token})
+        alice.say(type="join", room="s")
+        assert kinds(alice.take()) == ["refreshed", "too_many_rooms"]
+
+
+async def test_reload_reaches_connections_that_have_joined_already(host: Host) -> None:
+    asked = host.ask_webhook()
+    alice, bob = join(host, sender="alice"), join(host, sender="bob")
+    asked[0][1](Decision(is_allowed=True, limits={"rooms_per_connection": 20}))
+    asked[1][1](Decision(is_allowed=True))
+    host.run()
+    host.hub.asker = None
+    host.hub.configure(Limits(joins_per_s=1, messages_per_s=0, rooms_per_connection=9), OPTIONAL, Verifier(OPTIONAL))
+    for client in (alice, bob):
+        client.take()
+        for number in range(6):
+            client.say(type="join", room=f"r{number}")
+        assert kinds(client.take()) == ["joined"] * 4 + ["rate_limited"] * 2
 
 
 async def test_webhook_that_denies_says_why(host: Host) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from fastsig import client, protocol
 from fastsig.client import (
@@ -28,6 +28,7 @@ from fastsig.client import (
     read,
     reconnects,
     refusal,
+    renewal_s,
 )
 from fastsig.errors import CATALOGUE, CloseCode
 from fastsig.protocol import Departure
@@ -97,6 +98,7 @@ def test_room_is_named_in_the_url(url: str, room: str, expected: str) -> None:
     assert place(url, room) == expected
 
 
+@settings(deadline=None)  # the first run of it loads the extension
 @given(st.text(min_size=1, max_size=40))
 def test_server_finds_in_the_url_the_room_that_was_meant(room: str) -> None:
     from fastsig.connection import room_in  # noqa: PLC0415 (it loads the extension: for this one test)
@@ -134,6 +136,10 @@ def test_messages_of_the_server_become_events() -> None:
     assert _read(type="kicked", room="r", recipient="b", id="7") == Answer("7", 0)
     assert _read(type="refreshed", id="7", payload={"expires_in": 59.5}) == Answer("7", 59.5)
     assert _read(type="token-expiring", payload={"in": 60}) == TokenExpiring(60)
+    for reason, code in (("kicked", 4503), ("closed", 4506)):
+        ended = read(protocol.Left(room="r", payload=protocol.Reason(reason)).encode())
+        assert isinstance(ended, ClosedError)
+        assert ended.close_code == code
 
 
 @pytest.mark.parametrize("type", ["offer", "answer", "ice-candidate", "message", "x-", "x-anything"])
@@ -158,7 +164,7 @@ def test_every_error_of_the_catalogue_is_an_exception_with_its_code(code: str) -
 
 
 def test_what_later_servers_say_is_no_event_and_no_error() -> None:
-    for kind in ("left", "pong", "peer-away", "event", "resumed", "new-kind"):
+    for kind in ("pong", "peer-away", "event", "resumed", "new-kind"):
         assert _read(type=kind, room="r", sender="b", payload={"n": 1, "new": []}) is None
     later = _read(type="peer-left", room="r", sender="b", seq=5, payload={"n": 1, "reason": "lost", "new": 1})
     assert later == PeerLeft("b", 1, "lost")
@@ -176,6 +182,13 @@ def test_frame_that_makes_no_sense_is_refused(text: bytes) -> None:
 def test_no_frame_raises_anything_else(text: bytes) -> None:
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
         read(text)
+
+
+@pytest.mark.parametrize(("left_s", "age_s", "wait_s"), [(60, 3540, 0), (60, 60, 0), (60, 1, 30), (2, 0, 1)])
+def test_token_is_renewed_when_it_ends_soon_but_a_short_one_not_over_and_over(
+    left_s: float, age_s: float, wait_s: float
+) -> None:
+    assert renewal_s(left_s, age_s) == wait_s
 
 
 # ---- refusals before the upgrade

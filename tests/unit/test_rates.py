@@ -1,10 +1,13 @@
 """What a connection may say and cause per second, and what becomes of one that goes on."""
 
+import io
 import json
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
+
+from fastsig import logs
 
 from .memory import BINARY, CLOSE, PING, PONG, TEXT, Client, Cluster, Host, frame, frame_of
 
@@ -225,8 +228,28 @@ async def test_dry_run_counts_and_refuses_nothing() -> None:
     }  # fmt: skip
 
 
-async def test_crowd_that_talks_all_at_once_is_refused_within_a_turn_and_heard_in_the_next() -> None:
-    host = host_with()
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_operator_reads_who_is_above_a_rate_and_whether_that_was_refused(*, dry_run: bool) -> None:
+    log = io.StringIO()
+    logs.configure("info", "json", stream=log)
+    host = host_with(messages_per_s=10, message_burst=20, fanout_bytes_per_s=1000, joins_per_s=1, dry_run=dry_run)
+    a, _ = pair(host)
+    for number in range(5):
+        a.say(type="join", room=f"r{number}")
+        a.say(type="message", payload="x" * 5000, **HELD)
+    for _ in range(10):
+        a.say(type="message", room="r", recipient="nobody")
+    a.feed(frame(PING) * 20)
+    lines = [json.loads(line) for line in log.getvalue().splitlines()]
+    assert [(line["event"], line["limit"], line["enforced"], line["left_out"]) for line in lines] == [
+        ("limit_hit", limit, not dry_run, 0) for limit in ("fanout_bytes_per_s", "joins_per_s", "messages_per_s")
+    ]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+async def test_crowd_that_talks_all_at_once_is_refused_within_a_turn_and_heard_in_the_next(*, dry_run: bool) -> None:
+    """Also in a dry run: a worker that stands still would be killed."""
+    host = host_with(dry_run=dry_run)
     crowd = [host.join(f"p{number}") for number in range(300)]
     couple = [host.join(name, room="couple") for name in "ab"]
     newcomer = host.connect()
@@ -244,6 +267,7 @@ async def test_crowd_that_talks_all_at_once_is_refused_within_a_turn_and_heard_i
     assert {(error["code"], error["after_ms"]) for error in refused} == {("rate_limited", 1000)}
     assert [message["type"] for message in couple[1].take()] == ["message"], "a small room is no crowd"
     assert errors(newcomer)[0]["code"] == "rate_limited"
+    assert host.counted()['limit_hits_total{limit="turn",mode="enforced"}'] == len(refused) + 1
     crowd[0].say(type="message", room="r", id="again")
     assert crowd[1].take()[-1]["id"] == "again"
 

@@ -281,13 +281,14 @@ async def test_one_relay_in_n_is_traced(traced: Traced) -> None:
 
 
 async def test_no_name_of_a_peer_or_room_and_nothing_it_says_is_in_any_span(traced: Traced) -> None:
-    client = traced.connect("X-Secret: secret", target="/ws?room=secret&token=secret")
+    traced.host.accept().feed(HEAD.format(target="/ws?room=secret&token=secret").encode())  # refused
+    client = traced.connect("X-Secret: secret", target="/ws?room=secret")
     client.say(type="join", room="secret", sender="secret", payload={"meta": "secret"})
     client.say(type="offer", room="secret", recipient="secret", payload="secret")
     client.say(type="secret", room="secret", id="secret")
     client.say(type="join", room="secret", payload={"token": "secret"})
     spans = traced.take()
-    assert [span.name for span in spans] == ["handshake", "join", "error", "error", "join"]
+    assert [span.name for span in spans] == ["handshake", "handshake", "join", "error", "error", "join"]
     assert not [span for span in spans if "secret" in json.dumps(json.loads(span.to_json()))]
 
 
