@@ -149,13 +149,29 @@ class Limits:
         65536, "Longest message; a longer one closes with 1009.", unit="bytes", least=1024, most=1 << 24,
         reloads=True, has_effect=True,
     )  # fmt: skip
-    messages_per_s: int = _option(50, "Messages per connection, sustained.", unit="messages/s", reloads=True)
-    message_burst: int = _option(200, "Messages per connection at once.", unit="messages", reloads=True)
-    bytes_per_s: int = _option(262144, "Bytes received per connection.", unit="bytes/s", reloads=True)
-    fanout_bytes_per_s: int = _option(
-        8388608, "Bytes that one connection causes to be sent to others.", unit="bytes/s", reloads=True
+    messages_per_s: int = _option(
+        50, "Messages per connection, sustained.", unit="messages/s", reloads=True, has_effect=True
     )
-    joins_per_s: int = _option(5, "Joins per connection; the burst is four times that.", unit="joins/s", reloads=True)
+    message_burst: int = _option(
+        200, "Messages per connection at once; 0: four seconds' worth.", unit="messages", reloads=True, has_effect=True
+    )
+    bytes_per_s: int = _option(
+        262144,
+        "Bytes received per connection; the burst is four times that.",
+        unit="bytes/s",
+        reloads=True,
+        has_effect=True,
+    )
+    fanout_bytes_per_s: int = _option(
+        8388608,
+        "Bytes that one connection causes to be sent to others; the burst is four times that.",
+        unit="bytes/s",
+        reloads=True,
+        has_effect=True,
+    )
+    joins_per_s: int = _option(
+        5, "Joins per connection; the burst is four times that.", unit="joins/s", reloads=True, has_effect=True
+    )
     rooms_per_connection: int = _option(16, "Rooms of one connection.", most=1024, reloads=True, has_effect=True)
     peers_per_room: int = _option(512, "Peers in one room.", most=65535, reloads=True, has_effect=True)
     rooms: int = _option(0, "Rooms per worker.", reloads=True, has_effect=True)
@@ -202,7 +218,7 @@ class Limits:
 class Auth:
     """Who may connect and join."""
 
-    required: bool = _option(False, "Refuse peers without a token.", reloads=True)
+    required: bool = _option(False, "Refuse peers without a token.", reloads=True, has_effect=True)
     keys: tuple[str, ...] = _option(
         (),
         "Keys that check tokens: secret:TEXT, secret-b64:BASE64 or a file (PEM, JWK, JWK set); one that has a name"

@@ -503,7 +503,8 @@ class Hub:
 
     def _on_decided(self, request: _Request, decision: Decision) -> None:
         request.decision = decision
-        self._go_on(request, self._comply)
+        if request.cancel is not None:  # else it was known, and whoever asked goes on
+            self._go_on(request, self._comply)
 
     def _comply(self, request: _Request) -> None:
         """The webhook has spoken."""

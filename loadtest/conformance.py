@@ -16,7 +16,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final
 
-from tests.e2e.conftest import Server
+import trustme
+
+from tests.e2e.conftest import Server, certified
 
 SUITE: Final = "autobahntestsuite==25.10.1"
 VIRTUALENV: Final = "virtualenv<20.22"  # the last that makes environments for Python 2.7
@@ -94,16 +96,20 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="make conformance", description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--cases", nargs="*", default=CASES, help="such as 6.4.* (default: all of 1 to 7 and 10)")
-    cases = parser.parse_args().cases
+    parser.add_argument("--tls", action="store_true", help="by wss://, to a server that ends TLS itself")
+    given = parser.parse_args()
     python = python2()
     if python is None:
         print("fastsig: the suite needs Python 2.7: pyenv install 2.7.18, or PYTHON2=where it is", file=sys.stderr)
         return NO_PYTHON2
     program = suite(python)
-    with tempfile.TemporaryDirectory(prefix="fastsig-conformance-") as folder:
-        server = Server("--server.echo-path", "/echo", cwd=Path(folder))
+    with tempfile.TemporaryDirectory(prefix="fastsig-conformance-") as name:
+        folder = Path(name)
+        tls = certified(trustme.CA(), folder) if given.tls else ()  # RSA: the suite's OpenSSL is as old as it is
+        server = Server("--server.echo-path", "/echo", *tls, cwd=folder)
         try:
-            verdicts = run(program, f"ws://127.0.0.1:{server.port}/echo", cases)
+            url = f"{'wss' if given.tls else 'ws'}://127.0.0.1:{server.port}/echo"
+            verdicts = run(program, url, given.cases)
         finally:
             code = server.stop()
     wrong = judge(verdicts)

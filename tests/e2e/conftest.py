@@ -42,6 +42,10 @@ ONE_ADDRESS = {  # all clients of the tests have it
     "FASTSIG_LIMITS_CONNECTIONS_PER_ADDRESS": "0",
     "FASTSIG_LIMITS_CONNECTS_PER_S_PER_ADDRESS": "0",
 }
+NO_RATES = (  # for tests that say more than one peer may
+    "--limits.messages-per-s", "0", "--limits.bytes-per-s", "0", "--limits.fanout-bytes-per-s", "0",
+    "--limits.joins-per-s", "0",
+)  # fmt: skip
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:

@@ -66,6 +66,7 @@ class Site:
 
     def __exit__(self, *reason: object) -> None:
         self.stop()
+        asyncio.run_coroutine_threadsafe(self._settle(), self._loop).result(START_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(START_S)
         self._loop.close()
@@ -95,6 +96,17 @@ class Site:
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
+
+    async def _settle(self) -> None:
+        """Connections that were just accepted, or closed, come to their end, which takes some turns of the loop."""
+        for _ in range(10):
+            await asyncio.sleep(0)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+        for _ in range(10):
+            await asyncio.sleep(0)
 
     async def _handle(self, request: web.Request) -> web.Response:
         self.requests += 1

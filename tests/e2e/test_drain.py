@@ -17,7 +17,7 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect as sync_connect
 
-from tests.e2e.conftest import EVERY_COUNT, Server, children, is_running, run_with, until
+from tests.e2e.conftest import EVERY_COUNT, NO_RATES, Server, children, is_running, run_with, until
 
 Serve = Callable[..., Server]
 END_S = 15.0
@@ -134,7 +134,7 @@ async def test_those_who_stay_longer_hear_who_is_gone_and_go_on_talking(serve: S
 @pytest.mark.parametrize("workers", EVERY_COUNT)
 async def test_what_was_acknowledged_in_a_drain_has_arrived(serve: Serve, workers: int) -> None:
     """Each sender counts what the server says it delivered; each recipient what came before its close."""
-    server = serve("--server.drain-seconds", "1", "--workers", str(workers))
+    server = serve(*NO_RATES, "--server.drain-seconds", "1", "--workers", str(workers))
     pairs = 10
     async with _peers(server, 2 * pairs, caps=("ack",)) as peers:
 

@@ -17,7 +17,7 @@ import websockets
 
 from tests.unit.memory import CLOSE, HEAD, PING, PONG, TEXT, frame
 
-from .conftest import EVERY_COUNT, TLS, Server, certified, free_port, trusting
+from .conftest import EVERY_COUNT, NO_RATES, TLS, Server, certified, free_port, trusting
 
 MIB = 1 << 20
 
@@ -99,9 +99,9 @@ async def test_slow_reader_is_closed_4003_and_nobody_waits_for_it(
 ) -> None:
     authority = trustme.CA(key_type=trustme.KeyType.ECDSA)
     if workers == TLS:
-        server = serve(*certified(authority, tmp_path), trust=trusting(authority))
+        server = serve(*NO_RATES, *certified(authority, tmp_path), trust=trusting(authority))
     else:
-        server = serve("--workers", str(workers))
+        server = serve(*NO_RATES, "--workers", str(workers))
     slow = connect(server)
     slow.sendall(frame(TEXT, '{"type":"join","room":"r","sender":"slow"}'))
     assert b'"joined"' in await asyncio.to_thread(slow.recv, 4096)

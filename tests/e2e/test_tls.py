@@ -25,7 +25,6 @@ from tests.unit.memory import CLOSE, HEAD, TEXT, frame
 
 Serve = Callable[..., Server]
 HELLO_BYTES = 64  # of a ClientHello that never goes on
-FREE = ("--limits.connects-per-s-per-address", "0")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +46,7 @@ def options(authority: trustme.CA, tmp_path: Path) -> tuple[str, ...]:
 def shared(authority: trustme.CA, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that speaks TLS, and gives little time for a handshake."""
     folder = tmp_path_factory.mktemp("tls")
-    more = (*FREE, "--workers", "2", "--limits.handshake-seconds", "1", "--log.level", "info")
+    more = ("--workers", "2", "--limits.handshake-seconds", "1", "--log.level", "info")
     server = Server(*certified(authority, folder), *more, cwd=folder, trust=trusting(authority))
     try:
         server.wait_for("serving")
@@ -204,6 +203,15 @@ def test_close_is_followed_by_close_notify(serve: Serve, options: tuple[str, ...
         assert end.recv(100) == b""
 
 
+def test_tls_begins_behind_the_header_of_a_proxy(serve: Serve, options: tuple[str, ...], trust: ssl.SSLContext) -> None:
+    server = serve(*options, "--server.proxy-protocol", "--server.trusted-proxies", "127.0.0.1", trust=trust)
+    with socket.create_connection(("127.0.0.1", server.port), 5) as end:
+        end.sendall(b"PROXY TCP4 192.0.2.1 127.0.0.1 4711 443\r\n")
+        with trust.wrap_socket(end, server_hostname="127.0.0.1") as client:
+            client.sendall(HEAD.format(target="/ws").encode())
+            assert client.recv(1000).startswith(b"HTTP/1.1 101 ")
+
+
 def test_room_in_the_url_passes_nothing(shared: Server) -> None:
     for number in range(10):
         with shared.dial(5) as end:
@@ -302,7 +310,7 @@ async def test_certificates_change_under_load_and_nobody_is_lost(
     serve: Serve, authority: trustme.CA, trust: ssl.SSLContext, tmp_path: Path
 ) -> None:
     _swap(authority, tmp_path, "0")
-    server = serve(*_linked(tmp_path), *FREE, "--workers", "2", trust=trust)
+    server = serve(*_linked(tmp_path), "--workers", "2", trust=trust)
     rooms, rounds = 20, 8
     is_over = False
 

@@ -17,7 +17,7 @@ PATIENCE_S: Final = 10.0
 class Visitor:
     """`source`: where it connects from. Nothing is sent yet."""
 
-    def __init__(self, port: int, source: str = "127.0.0.2") -> None:
+    def __init__(self, port: int, source: str) -> None:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE_S, (source, 0))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._unread = b""

@@ -1,5 +1,6 @@
 """Tokens in rooms: who gets which id, what is granted, how it ends, who takes whose place, who is thrown out."""
 
+import asyncio
 import json
 from collections.abc import Callable
 from typing import Any
@@ -7,9 +8,11 @@ from typing import Any
 import jwt
 import pytest
 
+from fastsig.auth import KeySets, Verifier
 from fastsig.config import Auth
 from fastsig.webhook import Decision, Question
 
+from .issuing import jwk, jwk_set, private_key
 from .memory import CLOSE, PONG, TEXT, UNIX, Client, Cluster, Host, frame, frame_of
 
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -452,6 +455,32 @@ async def test_decision_that_is_known_needs_no_waiting(host: Host) -> None:
     assert kinds(alice.take()) == ["forbidden"]
     alice.say(type="ping")
     assert kinds(alice.take()) == ["pong"]
+
+
+@pytest.mark.parametrize(
+    ("known", "answer"), [(Decision(is_allowed=True), "joined"), (Decision(is_allowed=False, code="forbidden"), "forbidden")]
+)
+async def test_decision_that_is_known_counts_once_where_keys_were_waited_for(known: Decision, answer: str) -> None:
+    """The second time it found the peer in the room, with the same proof, and replaced it."""
+    url, key = "https://issuer.example/keys", private_key("EC")
+
+    async def fetch(source: str) -> bytes:
+        return jwk_set(jwk(key, kid="1", alg="ES256"))
+
+    auth = Auth(required=True, jwks_url=url)
+    host, key_sets = Host(auth=auth), KeySets(fetch)
+    host.hub.configure(host.limits, auth, Verifier(auth, key_sets), key_sets)
+    host.ask_webhook(known=known)
+    body = {"sub": "alice", "exp": UNIX + host.now + 3600}
+    alice = join(host, jwt.encode(body, key, algorithm="ES256", headers={"kid": "1"}))
+    assert alice.take() == []
+    async with asyncio.timeout(10):
+        while not (answers := heard(alice)):
+            await asyncio.sleep(0)
+            host.run()
+    assert kinds(answers) == [answer]
+    alice.say(type="ping")
+    assert kinds(heard(alice)) == ["pong"]
 
 
 async def test_join_that_is_withdrawn_cancels_its_question(host: Host) -> None:
