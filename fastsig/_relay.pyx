@@ -41,6 +41,7 @@ from libc.string cimport memcmp, memcpy, memmove
 from picows.picows cimport WSFrame, WSListener, WSMsgType, WSTransport
 
 import os
+from collections import deque
 
 import picows
 
@@ -152,6 +153,7 @@ cdef enum State:
 cdef enum Diversion:  # where what a peer says goes
     RELAY      # to be handled at once
     WAIT       # a join is undecided: what comes behind it waits
+    LATER      # this loop turn has done enough: what comes waits for another
     ECHO       # back to it (`server.echo_path`)
 
 cdef enum:
@@ -179,8 +181,16 @@ cdef enum:
     BURST_S = 4             # how many seconds' worth of bytes may come, or be caused, at once
     ENVELOPE_BYTES = 512    # what a message has besides its payload, about: it is charged after it is refused
     INSISTENCE = 100        # messages refused for their rate within INSIST_S; one more closes with 4005
-    TURN_DELIVERIES = 262144  # of broadcasts in one loop turn, 0.3 s of work: all of a room of 512 speak to all ...
-    CROWD = 32              # ... and then, until the turn is over, nobody speaks to more than these at once
+    TURN_DELIVERIES = 262144  # of broadcasts while all is busy: all of a room of 512 speak to all ...
+    CROWD = 32              # ... and then, for a quarter of a second at most, nobody speaks to more than these at once
+    TURN_NS = 25000000      # of work for peers in one loop turn, by the prices below; then they wait, see `_postpone`
+    SLICE_NS = 20000        # of it, at least, for one of those who wait
+    FRAME_NS = 40           # what comes, about: a frame, besides half a nanosecond for a byte,
+    PYTHON_NS = 2000        # a message that is not relayed, or refused,
+    JOIN_NS = 10000         # a join, ...
+    ROSTER_NS = 1200        # ... for each that is there already,
+    DELIVERY_NS = 50        # and what goes: a message, besides the same for a byte,
+    SEND_NS = 6000          # and a connection that has something to send
     LINK_BYTES = 16777216   # not with a neighbour yet (four messages if that is more): at half relays are refused
 
 cdef enum Frame:  # between workers: uint32 length of what follows, one byte of kind, then as the writer has it
@@ -695,7 +705,10 @@ cdef class Connection(WSListener):
     cdef Diversion diverted
     cdef char *waiting                # messages, each behind its length: [waiting_from, waiting_to); NULL: none
     cdef size_t waiting_from, waiting_to, waiting_size
-    cdef bint is_paused               # not read: more than WAITING_BYTES wait
+    cdef bint is_paused               # not read: it is postponed, or more than WAITING_BYTES wait
+    cdef bint is_postponed            # it waits for another loop turn
+    cdef bint has_closed              # its close has come; what was said before that may wait yet
+    cdef int closed_with              # the code of it, 0: none
     # what it may use (`limits`): a message passes while each level is positive, and may take it below
     cdef Rates rates
     cdef double messages_left, bytes_left, fanout_left
@@ -833,10 +846,14 @@ cdef class Connection(WSListener):
 
     def proceed(self):
         """It is decided: what has waited is handled in order. A join among it may make the rest wait again."""
+        self._proceed(TURN_NS)
+
+    cdef int _proceed(self, uint64_t until) except -1:
+        """As far as the turn's work stays below that; the rest waits for another turn."""
         cdef bytes text
         self.diverted = RELAY
         try:
-            while self.waiting != NULL and self.diverted == RELAY and self.state == OPEN:
+            while self.waiting != NULL and self.diverted == RELAY and self.state == OPEN and self.relay.turn_ns < until:
                 text = self._take_kept()
                 self.relay.receive(self, PyBytes_AS_STRING(text), PyBytes_GET_SIZE(text), False)
         except Exception:
@@ -844,13 +861,41 @@ cdef class Connection(WSListener):
             self.fail(1011)
         self.charge_at = NOW
         self.read_at = 0
-        if self.is_paused and self.waiting_to - self.waiting_from <= WAITING_BYTES:
-            self._unpause()
+        if self.state != OPEN:
+            return 0
+        if self.waiting != NULL and self.diverted == RELAY:
+            return self._postpone()
+        return self._unpause() if self.waiting_to - self.waiting_from <= WAITING_BYTES else 0
+
+    cdef int _postpone(self) except -1:
+        """This loop turn has done enough for its peers. Of this one nothing more is read, and what it says from here on
+        is handled in one of the next turns: so nobody waits longer than two of them for the crowd that keeps us busy,
+        and no timer does."""
+        if self.diverted == RELAY:
+            self.diverted = LATER
+        if not self.is_postponed:
+            self.is_postponed = True
+            self.relay.postponed.append(self)
+            self.relay.flush_soon()
+        if not self.is_paused:
+            self.is_paused = True
+            self.relay.edge.pause(self)
+        return 0
+
+    cdef int _catch_up(self, uint64_t slice) except -1:
+        """Its turn has come, among those who were postponed."""
+        self.is_postponed = False
+        if self.state != OPEN:
+            return 0
+        if self.diverted == LATER:
+            self._proceed(self.relay.turn_ns + slice)
+            return self._end_by_peer() if self.has_closed else 0
+        return self._unpause() if self.waiting_to - self.waiting_from <= WAITING_BYTES else 0
 
     cdef int _divert(self, const char *p, size_t n, bint is_utf8) except -1:
         """One whole text message that is not to be handled now."""
-        if self.diverted == WAIT:
-            return self._keep(p, n)
+        if self.diverted != ECHO:
+            return 0 if self.has_closed else self._keep(p, n)
         if not (is_utf8 or fs_utf8_is_valid(p, n)):
             return self.fail(1007)
         return self._frame(WSMsgType.TEXT, p, n)
@@ -1300,8 +1345,12 @@ cdef class Connection(WSListener):
         self._is_short()
         if self.bytes_left >= -self.rates.byte_debt:
             return False
+<<<<<<< HEAD
         self.relay.on_complaint(self, metrics.LIMITS[BYTES])
         if not self.relay.hit(BYTES):
+=======
+        if not self._exceeds(BYTES):
+>>>>>>> main
             return False
         self.fail(4005)
         return True
@@ -1309,8 +1358,12 @@ cdef class Connection(WSListener):
     cdef int _limited(self, size_t limit) except -1:
         """Its message, in the relay's envelope, is refused for a rate. 1: it is not, this is a dry run."""
         cdef double wait_s
+<<<<<<< HEAD
         if not self.relay.hit(limit):
             self.relay.on_complaint(self, metrics.LIMITS[limit])
+=======
+        if not self._exceeds(limit):
+>>>>>>> main
             return 1
         if limit == MESSAGES:
             wait_s = (1 - self.messages_left) / self.rates.messages_per_s
@@ -1318,6 +1371,7 @@ cdef class Connection(WSListener):
             wait_s = (self.relay.envelope.payload.n + ENVELOPE_BYTES - self.bytes_left) / self.rates.bytes_per_s
         else:
             wait_s = -self.fanout_left / self.rates.fanout_per_s
+        self.relay.turn_ns += PYTHON_NS
         self.relay.on_limited(self, metrics.LIMITS[limit], in_ms(wait_s), text_of(self.relay.envelope.room),
                               text_of(self.relay.envelope.id))
         return 0 if self.charge_at == UNPAID else self._insist()  # it has not heard of it before
@@ -1394,7 +1448,10 @@ cdef class Connection(WSListener):
             self.input_used = used
         used = header_size(frame.payload_size) + MASK_BYTES + frame.payload_size
         self.relay.words[RECEIVED_BYTES] += used
+        self.relay.turn_ns += FRAME_NS + (used >> 1)
         try:
+            if self.relay.turn_ns > TURN_NS and not self.is_postponed:
+                self._postpone()
             if self.bytes_left < -self.rates.byte_debt and self._is_flooding():
                 return
             if frame.msg_type == WSMsgType.TEXT and frame.fin and not (
@@ -1412,11 +1469,18 @@ cdef class Connection(WSListener):
     cdef int _other_frame(self, WSFrame frame) except -1:
         if frame.rsv1 or frame.rsv2 or frame.rsv3:
             return self.fail(1002)
+        if self.has_closed:
+            return 0
         if frame.msg_type == WSMsgType.PING:
+<<<<<<< HEAD
             if self._is_short():
                 self.relay.on_complaint(self, metrics.LIMITS[MESSAGES])
                 if self.relay.hit(MESSAGES):
                     return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
+=======
+            if self._is_short() and self._exceeds(MESSAGES):
+                return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
+>>>>>>> main
             self.messages_left -= 1
             return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
         if frame.msg_type == WSMsgType.PONG:
@@ -1485,10 +1549,17 @@ cdef class Connection(WSListener):
             if not is_valid_close_code(code):
                 return self.fail(1002)
         self.drops_when_sent = frame.tail_size == 0
-        while self.diverted == WAIT and self.state == OPEN:  # what waits behind a join was said before the close
+        self.has_closed = True
+        self.closed_with = code
+        return self._end_by_peer()
+
+    cdef int _end_by_peer(self) except -1:
+        """The close that it sent is due: but what waits was said before it."""
+        cdef int code = self.closed_with
+        while self.diverted == WAIT and self.state == OPEN:
             self.relay.on_withdrawn(self)
             self.proceed()
-        if self.state != OPEN:
+        if self.state != OPEN or self.diverted == LATER:
             return 0
         self.end = metrics.disconnect(code, is_by_client=True)
         self._depart("left" if code in (0, 1000) else "lost")
@@ -2032,7 +2103,11 @@ cdef class Relay:
 
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
+<<<<<<< HEAD
     cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_complaint
+=======
+    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_exceeded
+>>>>>>> main
     cdef double now                 # monotonic seconds, as of the last tick or later
     cdef Rates rates                # everybody's
     cdef bint is_dry_run            # rates are counted, not kept
@@ -2045,6 +2120,8 @@ cdef class Relay:
     cdef size_t dirty_from, dirty_to, dirty_size
     cdef bint is_scheduled
     cdef list doomed                # (connection, close code or 0)
+    cdef uint64_t turn_ns           # of work, about, in this loop turn
+    cdef object postponed           # connections that wait for another one, a deque
     cdef set overdrawn              # connections above the limit for slow readers
     cdef size_t overdraft           # the sum of theirs
     cdef object flush_method        # bound once: call_soon would build one per turn
@@ -2078,6 +2155,7 @@ cdef class Relay:
         self.table = Table()
         self.rates = Rates.__new__(Rates)
         self.doomed = []
+        self.postponed = deque()
         self.overdrawn = set()
         self.talking = []
         self.pending = {}
@@ -2132,7 +2210,11 @@ cdef class Relay:
         self.on_relayed = hub.relayed
         self.on_alarm = hub.alarm
         self.on_limited = hub.limited
+<<<<<<< HEAD
         self.on_complaint = hub.complain
+=======
+        self.on_exceeded = hub.exceeded
+>>>>>>> main
         self.edge = edge
 
     def __dealloc__(self):
@@ -2157,10 +2239,17 @@ cdef class Relay:
         self.words[index] += more
 
     cpdef bint hit(self, size_t limit):
+<<<<<<< HEAD
         """A limit is reached, of `metrics.LIMITS`: is it to be kept? The turn's is our own, and always."""
         cdef bint is_kept = not self.is_dry_run or limit == TURN
         self.words[LIMIT_HITS + 2 * limit + (not is_kept)] += 1
         return is_kept
+=======
+        """A limit is reached, of `metrics.LIMITS`: is it to be kept?"""
+        cdef bint is_let_pass = self.is_dry_run and limit != TURN  # that one keeps the worker alive
+        self.words[LIMIT_HITS + 2 * limit + is_let_pass] += 1
+        return not is_let_pass
+>>>>>>> main
 
     def set(self, size_t index, uint64_t value):
         """The value of a gauge."""
@@ -2189,12 +2278,14 @@ cdef class Relay:
         cdef uint64_t *words = self.words + type
         words[SENT] += times
         words[SENT_TEXT] += times * n
+        self.turn_ns += times * (DELIVERY_NS + (n >> 1))
 
     cdef int _count_other(self, str type, size_t n) except -1:
         """A message that is not relayed; what we do not know, and what nobody can read, is `other`."""
         cdef size_t place = OF_RECEIVED.get(type, OF_RECEIVED["other"])
         self.words[RECEIVED + place] += 1
         self.words[RECEIVED_TEXT + place] += n
+        self.turn_ns += PYTHON_NS
         return 0
 
     cdef void _count_room(self, size_t before, size_t after) noexcept:
@@ -2347,6 +2438,7 @@ cdef class Relay:
     cdef Member _enter(self, Room room, Member member):
         member.room = room
         member.index = PyList_GET_SIZE(room.order)
+        self.turn_ns += JOIN_NS + ROSTER_NS * member.index
         room.table.put(member.hash, member)
         room.order.append(member)
         if member.home is not None:
@@ -2468,6 +2560,7 @@ cdef class Relay:
         cdef Connection connection
         cdef list due
         self.now = now
+        self.turn_deliveries = 0  # also where one turn follows the other without a pause, and crowds are in it
         if to - self.ticked > WHEEL:
             self.ticked = to - WHEEL
         while self.ticked < to:
@@ -2577,6 +2670,7 @@ cdef class Relay:
         Py_INCREF(connection)
         self.dirty[self.dirty_to] = <PyObject *>connection
         self.dirty_to += 1
+        self.turn_ns += SEND_NS
         connection.is_dirty = True
         self.flush_soon()
         return 0
@@ -2591,7 +2685,8 @@ cdef class Relay:
 
     cpdef flush_soon(self):
         """Have `flush` run at the end of this loop turn, if there is anything to do."""
-        if not self.is_scheduled and (self.dirty_from < self.dirty_to or self.doomed or self.talking):
+        if not self.is_scheduled and (
+                self.dirty_from < self.dirty_to or self.doomed or self.talking or self.postponed):
             self.is_scheduled = True
             self.call_soon(self.flush_method)
 
@@ -2600,13 +2695,18 @@ cdef class Relay:
         cdef Connection connection
         cdef Neighbour neighbour
         cdef int code
-        cdef size_t left = min(self.dirty_to - self.dirty_from, <size_t>FLUSHES_PER_TURN)
+        cdef size_t left
         self.is_scheduled = False
-        self.turn_deliveries = 0
+        self.turn_ns = 0
+        if self.postponed:
+            self._catch_up()
+        else:
+            self.turn_deliveries = 0
         while self.talking:  # first: another core can begin while we go on
             neighbour = self.talking.pop()
             neighbour.is_talking = False
             neighbour._push()
+        left = min(self.dirty_to - self.dirty_from, <size_t>FLUSHES_PER_TURN)
         while left:
             left -= 1
             connection = <Connection>self.dirty[self.dirty_from]
@@ -2629,6 +2729,19 @@ cdef class Relay:
             except Exception:
                 self._give_up(connection)
         self.flush_soon()
+
+    cdef int _catch_up(self) except -1:
+        """Those who were postponed, one after the other: for half of a turn, the other half is for those who have said
+        nothing until now. Each gets a share of it that lets all of them have one."""
+        cdef Connection connection
+        cdef uint64_t slice = max(TURN_NS // 2 // len(self.postponed), SLICE_NS)
+        while self.postponed and self.turn_ns < TURN_NS // 2:
+            connection = self.postponed.popleft()
+            try:
+                connection._catch_up(slice)
+            except Exception:
+                self._give_up(connection)
+        return 0
 
     cdef int _step(self, Connection connection) except -1:
         """Flush one connection, at a place where it may be closed."""
@@ -2702,6 +2815,7 @@ cdef class Relay:
         return is_for_others and connection.owes_ms and connection._limited(FANOUT) == 0
 
     cdef int _refuse(self, Connection connection, str code, list recipients) except -1:
+        self.turn_ns += PYTHON_NS
         self.on_refused(connection, code, text_of(self.envelope.room), text_of(self.envelope.id), recipients)
         return 0
 

@@ -289,8 +289,12 @@ class Admission:
         left_out = self._complaints.admit(address, limit, self._clock())
         if left_out is not None:
             shown = address if self.names_addresses else ""
+<<<<<<< HEAD
             enforced = not self._limits.dry_run or limit == "turn"
             _log.warning("limit_hit", limit=limit, address=shown, enforced=enforced, left_out=left_out)
+=======
+            _log.warning("limit_hit", limit=limit, address=shown, enforced=is_enforced, left_out=left_out)
+>>>>>>> main
 
 
 RATES: Final = ("messages_per_s", "message_burst", "bytes_per_s", "fanout_bytes_per_s")

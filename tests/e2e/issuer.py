@@ -177,6 +177,11 @@ class Issuer(Site):
         """As environment variables of a server that believes this issuer."""
         return {"FASTSIG_AUTH_JWKS_URL": self.jwks_url, "FASTSIG_AUTH_ISSUER": self.url}
 
+    @property
+    def newest(self) -> str:
+        """The `kid` that tokens have by default."""
+        return next(reversed(self._keys))
+
     def rotate(self, algorithm: str = "ES256", *, keeps_old: bool = False) -> str:
         """A new key from here on; those before are published no longer, or still. Returns its `kid`."""
         kid = f"key-{next(self._numbers)}"
@@ -187,7 +192,7 @@ class Issuer(Site):
 
     def mint(self, subject: str, *, kid: str | None = None, ttl_s: float = 3600.0, **claims: object) -> str:
         """A token of the newest key, or of `kid`, also one that is published no longer. A claim of None is left out."""
-        kid = kid or next(reversed(self._keys))
+        kid = kid or self.newest
         algorithm, key = self._keys[kid]
         now = int(time.time())
         known = {"sub": subject, "iss": self.url, "iat": now, "exp": int(now + ttl_s)}

@@ -138,7 +138,7 @@ class Edge:
         connection.transport.is_paused = False
 
     def discard(self, connection: Connection) -> None:
-        connection.transport.set_protocol(Discard(connection))
+        connection.transport.set_protocol(Discard(connection, lambda *_: None))
 
     def renew(self, connection: Connection) -> None:
         connection.transport.set_protocol(new_websocket(connection))

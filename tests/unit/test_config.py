@@ -81,7 +81,7 @@ def test_one_name_has_three_spellings() -> None:
 
 
 def test_option_without_effect_says_so_at_the_end_of_its_help() -> None:
-    assert BY_KEY["turn.secret"].help.endswith("(no effect yet)")
+    assert BY_KEY["session.ttl_seconds"].help.endswith("(no effect yet)")
     assert "no effect" not in BY_KEY["server.port"].help
 
 

@@ -272,6 +272,96 @@ async def test_crowd_that_talks_all_at_once_is_refused_within_a_turn_and_heard_i
     assert crowd[1].take()[-1]["id"] == "again"
 
 
+def pings(count: int) -> bytes:
+    return b"".join(frame_of(type="ping", id=str(number)) for number in range(count))
+
+
+async def test_what_a_turn_has_no_time_for_waits_and_a_couple_is_served_between() -> None:
+    host = Host()
+    flooders = [host.connect() for _ in range(10)]
+    couple = [host.join(name, room="couple") for name in "ab"]
+    couple[0].take_bytes()
+    for client in flooders:
+        client.feed_only(pings(3000))
+    answered = [len(client.take()) for client in flooders]
+    assert 3000 < sum(answered) < 20_000, "a turn of 25 ms handles so many"
+    assert flooders[-1].transport.is_paused
+    assert not couple[0].transport.is_paused
+    couple[0].feed_only(frame_of(type="message", room="couple"))
+    turns = 0
+    while not (received := couple[1].take()):
+        host.soon.popleft()()
+        turns += 1
+    assert turns <= 2
+    assert [message["type"] for message in received] == ["message"]
+    assert sum(answered) < 29_000, "the others wait yet"
+    host.run()
+    for client, count in zip(flooders, answered, strict=True):
+        assert [message["id"] for message in client.take()] == [str(number) for number in range(count, 3000)]
+        assert not client.transport.is_paused
+
+
+async def test_close_behind_what_waits_comes_after_it_and_nothing_comes_after_the_close() -> None:
+    host = Host()
+    flooder, closer = host.connect(), host.join("closer")
+    witness = host.join("witness")
+    closer.take_bytes()
+    flooder.feed_only(pings(15_000))
+    said = frame_of(type="message", room="r", id="last words")
+    closer.feed_only(said + frame(CLOSE, (1000).to_bytes(2, "big")) + said + frame(PING))
+    host.run()
+    assert closer.take_frames() == [(CLOSE, (1000).to_bytes(2, "big"))]
+    heard_last = witness.take()
+    assert [message["type"] for message in heard_last] == ["message", "peer-left"]
+    assert heard_last[1]["payload"]["reason"] == "left"
+
+
+async def test_one_that_is_lost_while_it_waits_is_forgotten() -> None:
+    host = Host()
+    flooder, gone, witness = host.connect(), host.join("gone"), host.join("witness")
+    flooder.feed_only(pings(15_000))
+    gone.feed_only(frame_of(type="message", room="r"))
+    gone.transport.protocol.connection_lost(None)
+    host.run()
+    assert [message["type"] for message in witness.take()] == ["peer-left"]
+
+
+async def test_floods_that_are_answered_by_nothing_are_read_a_turn_at_a_time() -> None:
+    host = Host()
+    client = host.connect()
+    client.feed_only(frame(PONG) * 700_000)
+    assert client.transport.is_paused
+    host.run()
+    assert not client.transport.is_paused
+
+
+async def test_rosters_weigh_what_they_cost() -> None:
+    """Joining a crowd takes longer than joining nobody: a turn does fewer of them."""
+    handled = {}
+    for size in (0, 200):
+        host = Host()
+        for number in range(size):
+            host.join(f"p{number}")
+        storm = host.connect()
+        storm.feed_only((frame_of(type="join", room="r") + frame_of(type="leave", room="r")) * 5000)
+        handled[size] = host.counted()["received_messages_total"] - size
+        host.run()
+        assert host.counted()["received_messages_total"] == 10_000 + size
+    assert 0 < handled[200] < handled[0] / 5
+    assert handled[0] < 5000
+
+
+async def test_message_that_waited_for_a_decision_waits_for_its_turn() -> None:
+    cluster = Cluster(2)
+    home, room = cluster[0], cluster.room(1)
+    peer = home.connect()
+    peer.feed_only(frame_of(type="join", room=room, sender="a") + pings(15_000))
+    cluster.run(3)
+    cluster.run()
+    ids = [message.get("id") for message in peer.take() if message["type"] == "pong"]
+    assert ids == [str(number) for number in range(15_000)]
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 2000)), max_size=30),
     st.integers(1, 50),
