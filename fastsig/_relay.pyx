@@ -1345,25 +1345,21 @@ cdef class Connection(WSListener):
         self._is_short()
         if self.bytes_left >= -self.rates.byte_debt:
             return False
-<<<<<<< HEAD
-        self.relay.on_complaint(self, metrics.LIMITS[BYTES])
-        if not self.relay.hit(BYTES):
-=======
         if not self._exceeds(BYTES):
->>>>>>> main
             return False
         self.fail(4005)
         return True
 
+    cdef bint _exceeds(self, size_t limit) except -1:
+        """It is above that: said to the operator. Is the limit to be kept?"""
+        cdef bint is_enforced = self.relay.hit(limit)
+        self.relay.on_exceeded(self, metrics.LIMITS[limit], is_enforced)
+        return is_enforced
+
     cdef int _limited(self, size_t limit) except -1:
         """Its message, in the relay's envelope, is refused for a rate. 1: it is not, this is a dry run."""
         cdef double wait_s
-<<<<<<< HEAD
-        if not self.relay.hit(limit):
-            self.relay.on_complaint(self, metrics.LIMITS[limit])
-=======
         if not self._exceeds(limit):
->>>>>>> main
             return 1
         if limit == MESSAGES:
             wait_s = (1 - self.messages_left) / self.rates.messages_per_s
@@ -1472,15 +1468,8 @@ cdef class Connection(WSListener):
         if self.has_closed:
             return 0
         if frame.msg_type == WSMsgType.PING:
-<<<<<<< HEAD
-            if self._is_short():
-                self.relay.on_complaint(self, metrics.LIMITS[MESSAGES])
-                if self.relay.hit(MESSAGES):
-                    return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
-=======
             if self._is_short() and self._exceeds(MESSAGES):
                 return self._insist()  # RFC 6455 §5.5.2: an answer to the latest of several would do
->>>>>>> main
             self.messages_left -= 1
             return self._frame(WSMsgType.PONG, frame.payload_ptr, frame.payload_size)
         if frame.msg_type == WSMsgType.PONG:
@@ -2103,11 +2092,7 @@ cdef class Relay:
 
     cdef object call_soon, clock, edge
     cdef object on_message, on_refused, on_guest_refused, on_departed, on_withdrawn
-<<<<<<< HEAD
-    cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_complaint
-=======
     cdef object on_word, on_bug, on_relayed, on_alarm, on_limited, on_exceeded
->>>>>>> main
     cdef double now                 # monotonic seconds, as of the last tick or later
     cdef Rates rates                # everybody's
     cdef bint is_dry_run            # rates are counted, not kept
@@ -2210,11 +2195,7 @@ cdef class Relay:
         self.on_relayed = hub.relayed
         self.on_alarm = hub.alarm
         self.on_limited = hub.limited
-<<<<<<< HEAD
-        self.on_complaint = hub.complain
-=======
         self.on_exceeded = hub.exceeded
->>>>>>> main
         self.edge = edge
 
     def __dealloc__(self):
@@ -2239,17 +2220,10 @@ cdef class Relay:
         self.words[index] += more
 
     cpdef bint hit(self, size_t limit):
-<<<<<<< HEAD
-        """A limit is reached, of `metrics.LIMITS`: is it to be kept? The turn's is our own, and always."""
-        cdef bint is_kept = not self.is_dry_run or limit == TURN
-        self.words[LIMIT_HITS + 2 * limit + (not is_kept)] += 1
-        return is_kept
-=======
         """A limit is reached, of `metrics.LIMITS`: is it to be kept?"""
         cdef bint is_let_pass = self.is_dry_run and limit != TURN  # that one keeps the worker alive
         self.words[LIMIT_HITS + 2 * limit + is_let_pass] += 1
         return not is_let_pass
->>>>>>> main
 
     def set(self, size_t index, uint64_t value):
         """The value of a gauge."""

@@ -280,21 +280,17 @@ class Admission:
 
     def hits(self, connection: Connection | None, limit: str) -> bool:
         """A limit is reached, of `metrics.LIMITS`: is it to be kept? Counted and logged either way."""
-        self.complain(connection, limit)
-        return self._relay.hit(_LIMITS[limit])
+        is_enforced = self._relay.hit(_LIMITS[limit])
+        self.complain(connection, limit, is_enforced=is_enforced)
+        return is_enforced
 
-    def complain(self, connection: Connection | None, limit: str) -> None:
+    def complain(self, connection: Connection | None, limit: str, *, is_enforced: bool) -> None:
         """To the operator, once a second and address."""
         address = "" if connection is None else connection.address
         left_out = self._complaints.admit(address, limit, self._clock())
         if left_out is not None:
             shown = address if self.names_addresses else ""
-<<<<<<< HEAD
-            enforced = not self._limits.dry_run or limit == "turn"
-            _log.warning("limit_hit", limit=limit, address=shown, enforced=enforced, left_out=left_out)
-=======
             _log.warning("limit_hit", limit=limit, address=shown, enforced=is_enforced, left_out=left_out)
->>>>>>> main
 
 
 RATES: Final = ("messages_per_s", "message_burst", "bytes_per_s", "fanout_bytes_per_s")

@@ -242,20 +242,11 @@ class Hub:
 
     def limited(self, connection: Connection, limit: str, after_ms: int, room: str | None, id: str | None) -> None:
         """A message of it came too soon."""
-<<<<<<< HEAD
-        self.complain(connection, limit)
-        self.refuse(connection, "rate_limited", room, id, None, after_ms)
-
-    def complain(self, connection: Connection, limit: str) -> None:
-        """It is above a limit: the operator may want to know."""
-        self.admission.complain(connection, limit)
-=======
         self.refuse(connection, "rate_limited", room, id, None, after_ms)
 
     def exceeded(self, connection: Connection, limit: str, is_enforced: bool) -> None:  # noqa: FBT001 # a callback
         """It is above a rate. What is done about that is done."""
         self.admission.complain(connection, limit, is_enforced=is_enforced)
->>>>>>> main
 
     def alarm(self, connection: Connection) -> None:
         """A time has come that was set for it."""

@@ -453,18 +453,6 @@ async def test_webhook_decides_and_what_is_said_meanwhile_waits(host: Host) -> N
     assert kinds(alice.take()) == ["forbidden", "too_many_rooms"]
 
 
-async def test_token_that_is_revoked_before_the_join_is_decided_ends_it(host: Host) -> None:
-    asked = host.ask_webhook()
-    alice = join(host, mint("alice"))
-    host.configure_auth(Auth(keys=OPTIONAL.keys, revoked=("alice",)))
-    host.run()
-    assert heard(alice) == [{"type": "close", "code": 4500}]
-    assert asked[0][2].is_cancelled
-    asked[0][1](Decision(is_allowed=True))
-    host.run()
-    assert host.relay.find_room("r") is None
-
-
 async def test_limits_of_the_webhook_hold_whatever_token_is_shown_later(host: Host) -> None:
     asked = host.ask_webhook()
     alice = join(host, mint("alice", limits={"rooms_per_connection": 5}))
