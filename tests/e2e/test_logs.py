@@ -5,18 +5,27 @@ import contextlib
 import json
 import os
 import signal
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed
+import jwt
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
 
 from fastsig import status
 from tests.e2e.conftest import Server, until
 
 SECRET = "hush4711"
+KEY = f"{SECRET}-{'k' * 32}"
+TOKENS = {
+    name: jwt.encode({"sub": name, "exp": int(time.time()) + 3600}, KEY, algorithm="HS256", headers={"kid": SECRET})
+    for name in "ab"
+}
+BAD_TOKEN = f"{TOKENS['a']}{SECRET}"
 ADDRESS = "198.51.100.77"
 CANDIDATE = f"candidate:1 1 udp 2130706431 {ADDRESS} 50000 typ host ufrag {SECRET}"
 OF_THE_MACHINE = {"worker_stuck", "drain_late"}  # what is only too busy
@@ -41,8 +50,11 @@ def _close_code(websocket: ClientConnection) -> int | None:
 
 def _talk(url: str) -> None:
     """A call, and all that can be refused, with secrets in every place that has one."""
-    options: Any = {"proxy": None, "additional_headers": {"Authorization": f"Bearer {SECRET}"}}
-    with connect(f"{url}?token={SECRET}&room=r", **options) as a, connect(f"{url}?token={SECRET}", **options) as b:
+    header: Any = {"additional_headers": {"Authorization": f"Bearer {TOKENS['a']}"}}
+    with (
+        connect(f"{url}?room=r", proxy=None, **header) as a,
+        connect(f"{url}?token={TOKENS['b']}", proxy=None) as b,
+    ):
         for websocket, name in ((a, "a"), (b, "b")):
             _say(websocket, "join", room="r", sender=name, payload={"meta": {"password": SECRET}})
             assert _answer(websocket)["type"] == "joined"
@@ -52,7 +64,7 @@ def _talk(url: str) -> None:
             assert _answer(b)["type"] == kind
         for bad in (
             {"type": "hello", "payload": {"token": SECRET}}, {"type": SECRET, "payload": SDP},
-            {"type": "join", "room": "s", "payload": {"token": SECRET}},
+            {"type": "join", "room": "s", "payload": {"token": BAD_TOKEN}},
             {"type": "update", "room": "r", "payload": {"meta": SECRET * 1000}},
             {"type": "report", "room": "r", "recipient": "b", "payload": {"outcome": SECRET}},
             {"type": "offer", "room": SECRET, "payload": SDP}, {"type": "offer", "room": "r", "recipient": SECRET},
@@ -80,16 +92,29 @@ def _knock(port: int, path: str) -> int:
 
 
 def test_at_info_nothing_of_what_peers_say_is_in_the_log(tmp_path: Path) -> None:
-    server = Server("--workers", "2", "--log.level", "info", "--server.drain-seconds", "0.2", cwd=tmp_path)
+    server = Server(
+        "--workers", "2", "--log.level", "info", "--server.drain-seconds", "0.2",
+        env={"FASTSIG_AUTH_KEYS": f"kid={SECRET},secret:{KEY}"}, cwd=tmp_path,
+    )  # fmt: skip
     try:
         _talk(server.url)
         assert (_knock(server.port, f"/{SECRET}"), _knock(server.port, f"/ws?token={SECRET}")) == (404, 400)
+        for token in (SECRET, BAD_TOKEN):
+            with pytest.raises(InvalidStatus), connect(f"{server.url}?token={token}", proxy=None):
+                pass
         server.process.send_signal(signal.SIGHUP)
         server.wait_for("reloaded")
     finally:
         assert server.stop() == 0
     said = "\n".join(server.stderr_lines())
-    for secret in (SECRET, ADDRESS, "candidate", "ice-pwd", base64.b64encode(SECRET.encode()).decode()):
+    for secret in (
+        SECRET,
+        ADDRESS,
+        "candidate",
+        *TOKENS.values(),
+        "ice-pwd",
+        base64.b64encode(SECRET.encode()).decode(),
+    ):
         assert secret not in said
     warnings = {event["event"] for event in server.events() if event["level"] in ("warning", "error")}
     assert warnings <= OF_THE_MACHINE, said
