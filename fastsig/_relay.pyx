@@ -2856,7 +2856,10 @@ cdef class Relay:
         if e.recipients:
             delivered = self._direct(sender, pending, is_watched)
         elif self.is_turn_spent(sender.room):
-            self.hit(TURN)
+            if sender.connection is None:
+                self.hit(TURN)
+            else:
+                sender.connection._exceeds(TURN)
             return self._refuse_member(sender, "rate_limited", None)
         else:
             n = self._envelope_size(sender, None)
