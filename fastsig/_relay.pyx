@@ -2109,7 +2109,6 @@ cdef class Relay:
     cdef object postponed           # connections that wait for another one, a deque
     cdef set overdrawn              # connections above the limit for slow readers
     cdef size_t overdraft           # the sum of theirs
-    cdef object flush_method        # bound once: call_soon would build one per turn
     cdef char **pool
     cdef size_t pooled
     cdef char *scratch              # one frame under construction for many receivers
@@ -2163,7 +2162,6 @@ cdef class Relay:
         self.clock = clock
         self.configure(**limits)
         self.ping_s = ping_s
-        self.flush_method = self.flush
         self.now = clock()
         self.ticked = <uint64_t>(self.now * TICKS_PER_S)
 
@@ -2289,7 +2287,7 @@ cdef class Relay:
             self.picked.append((self.clock(), is_timed, text_of(self.envelope.type) if is_traced else None, n))
         if not self.is_scheduled:  # it may be for nobody
             self.is_scheduled = True
-            self.call_soon(self.flush_method)
+            self.call_soon(self)
         return 0
 
     cdef int _end_picked(self) except -1:
@@ -2658,14 +2656,16 @@ cdef class Relay:
         return 0
 
     cpdef flush_soon(self):
-        """Have `flush` run at the end of this loop turn, if there is anything to do."""
+        """Have `__call__` run at the end of this loop turn, if there is anything to do."""
         if not self.is_scheduled and (
                 self.dirty_from < self.dirty_to or self.doomed or self.talking or self.postponed):
             self.is_scheduled = True
-            self.call_soon(self.flush_method)
+            self.call_soon(self)
 
-    def flush(self):
-        """One send per connection that has something to say, then the closes that were noted on the way."""
+    def __call__(self):
+        """One send per connection that has something to say, then the closes that were noted on the way.
+
+        `call_soon` gets the relay itself: a bound method that is kept is a cycle which the collector cannot break."""
         cdef Connection connection
         cdef Neighbour neighbour
         cdef int code

@@ -7,18 +7,19 @@ a crash, memory out of bounds, or anything that two healthy peers in a room of o
 What such a word leaves behind may last: then the next script has a host of its own.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Final
 
 import msgspec
 
-from fastsig._relay import Member
+from fastsig._relay import Member, Relay
 from fastsig.bus import PACKET_BYTES
 from fastsig.errors import InvariantError
 from fastsig.routing import Address, Place, View
 from tests.unit.memory import PING, PONG, TEXT, Client, Host, frame
 
-from .frames import frames_in, plain_frame
+from .frames import SCRIPTS_BETWEEN_COLLECTIONS, frames_in, plain_frame
 from .script import Bugs, Finding, Loop, Script
 
 VIEW: Final = View(1, b"0123456789abcdef", {"": (0, 1)})
@@ -134,6 +135,11 @@ class Worker:
         self._check_pair()
         if (left := self._host.counted()["connections"]) != len(self._pair):
             raise Finding(f"{left} connections are left, not {len(self._pair)}")
+
+    def end(self) -> None:
+        """The healthy pair leaves: the tables hold what no garbage collector sees."""
+        for client in self._pair:
+            client.vanish()
 
     def _link(self) -> None:
         self._ways += 1
@@ -255,8 +261,10 @@ class Target:
     """What a fuzzer runs; `loop` is None where a real one is running."""
 
     def __init__(self, loop: Loop | None = None) -> None:
+        self._loop = loop
         self._bugs = Bugs()
         self._worker = Worker()
+        self._runs = 0
 
     def run(self, data: bytes) -> None:
         """One input. Raises Finding, or whatever else must not be."""
@@ -265,7 +273,21 @@ class Target:
         if any(isinstance(bug, MemoryError | SystemError) for bug in self._bugs.found):
             self._bugs.check()
         if not all(isinstance(bug, InvariantError | msgspec.DecodeError) for bug in self._bugs.found):
+            with self._bugs:
+                self._worker.end()
             self._worker = Worker()
+        self._runs += 1
+        if self._loop is not None and self._runs % SCRIPTS_BETWEEN_COLLECTIONS == 0:
+            self._loop.forget()
+            self._bugs.found.clear()  # their tracebacks hold what they went through
+            gc.collect()
+            self._check_freed()
+
+    def _check_freed(self) -> None:
+        """Of all hosts that ever were, the last is the one in memory."""
+        relays = sum(type(each) is Relay for each in gc.get_objects())
+        if relays != 1:
+            raise Finding(f"{relays} hosts are in memory, not 1")
 
 
 def start() -> Callable[[bytes], None]:

@@ -299,7 +299,7 @@ async def test_announcements_that_arrive_in_pieces_count_when_they_are_whole(
         owner.connect(link)
         for room in owner.rooms_here:
             owner.say(encode(Announce(room.name, entries(room.members), room.max_peers)))
-            owner.relay.flush()
+            owner.relay()
         owner.say(encode(Done()))
 
     monkeypatch.setattr(Hub, "on_link", on_link)

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 
-from fastsig._relay import Connection, Member
-from fastsig.connection import Discard
+from fastsig._relay import Connection, Member, Relay
+from fastsig.connection import Discard, picows_log
 
 from .memory import BINARY, CLOSE, PING, PONG, TEXT, Client, Host, frame
 
@@ -697,3 +697,17 @@ async def test_dead_slow_reader_is_freed_at_once() -> None:
         assert gone() is None, "the relay keeps a connection that is lost"
     finally:
         gc.enable()
+
+
+async def test_worker_in_memory_is_freed_with_its_last_peer() -> None:
+    """Found by the fuzz target `mesh`, which makes tens of thousands of them."""
+    host = Host()
+    peer = host.join("a")
+    gone = weakref.ref(host)
+    peer.vanish()
+    relay = id(host.relay)
+    picows_log.cache_clear()
+    del host, peer
+    gc.collect()
+    assert gone() is None
+    assert not any(id(each) == relay for each in gc.get_objects() if type(each) is Relay)
