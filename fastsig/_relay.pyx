@@ -716,6 +716,7 @@ cdef class Connection(WSListener):
     cdef Rates rates
     cdef double messages_left, bytes_left, fanout_left
     cdef double refilled_at           # when the levels were what they are
+    cdef double told_until            # it was told to wait until then
     cdef double insists_since
     cdef uint32_t insisted            # messages refused for their rate since then
     cdef public int denies            # of `Denial`
@@ -1362,6 +1363,7 @@ cdef class Connection(WSListener):
     cdef int _limited(self, size_t limit) except -1:
         """Its message, in the relay's envelope, is refused for a rate. 1: it is not, this is a dry run."""
         cdef double wait_s
+        cdef bint has_waited = 0 < self.told_until <= self.relay.now  # as it was told to: that is not insisting
         if not self._exceeds(limit):
             return 1
         if limit == MESSAGES:
@@ -1370,10 +1372,11 @@ cdef class Connection(WSListener):
             wait_s = (self.relay.envelope.payload.n + ENVELOPE_BYTES - self.bytes_left) / self.rates.bytes_per_s
         else:
             wait_s = -self.fanout_left / self.rates.fanout_per_s
+        self.told_until = self.relay.now + wait_s
         self.relay.turn_ns += PYTHON_NS
         self.relay.on_limited(self, metrics.LIMITS[limit], in_ms(wait_s), text_of(self.relay.envelope.room),
                               text_of(self.relay.envelope.id))
-        return 0 if self.charge_at == UNHEARD else self._insist()
+        return 0 if has_waited or self.charge_at == UNHEARD else self._insist()
 
     cdef int _insist(self) except -1:
         if self.relay.now - self.insists_since > INSIST_S:

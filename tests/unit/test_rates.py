@@ -335,6 +335,23 @@ async def test_floods_that_are_answered_by_nothing_are_read_a_turn_at_a_time() -
     assert not client.transport.is_paused
 
 
+async def test_one_that_waits_as_it_is_told_is_never_insisting() -> None:
+    """Then it says two things at once, of which one is too many: as who has a queue does."""
+    host = Host(messages_per_s=50, message_burst=50)
+    a, _ = pair(host)
+    refused = 0
+    for _ in range(500):
+        a.say(type="message", **HELD)
+        found = errors(a)
+        refused += len(found)
+        for error in found:
+            host.advance(error["after_ms"] / 1000)
+    assert refused > 120
+    assert not a.is_gone()
+    a.say(type="ping")
+    assert a.take()
+
+
 async def test_flood_that_is_postponed_is_insisting_all_the_same() -> None:
     host = Host(messages_per_s=10, message_burst=20)
     busy, flooder = host.connect(), host.join("flooder")
