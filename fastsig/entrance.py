@@ -50,15 +50,16 @@ _SENTENCES: Final = {
 class Guest:
     """One connection as limits see it. `address`: where it comes from, "" where that is unknown.
 
-    `refusal`: what its request is to be answered with. `is_proxied`: a trusted proxy at `address` speaks for somebody,
-    who is not known yet.
+    `refusal`: what its request is to be answered with. `is_proxied`: a trusted proxy is at `address`, and nothing is
+    charged before its request; `is_named`: the request may say whom it speaks for.
     """
 
-    __slots__ = ("_addresses", "_key", "address", "is_proxied", "refusal")
+    __slots__ = ("_addresses", "_key", "address", "is_named", "is_proxied", "refusal")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.is_proxied = False
+        self.is_named = True
         self.refusal: Refusal | None = None
         self._key = ""
         self._addresses: Addresses | None = None  # those that count it
@@ -143,7 +144,9 @@ class Entrance:
             if header is None:
                 self._relay.count(reader.failed_by)
                 return
-            if header.address is not None:
+            if header.address is None:  # of a TCP proxy, whose clients write their requests themselves
+                guest.is_named = False
+            else:
                 guest.address = header.address
             self._introduce(guest)
             done(end, guest)
@@ -168,7 +171,8 @@ class Entrance:
         """It asks for something. Raises HttpError where a limit is against that."""
         if guest.is_proxied:
             guest.is_proxied = False
-            guest.address = client_address(guest.address, head.headers.get("x-forwarded-for", ()), self.proxies)
+            if guest.is_named:
+                guest.address = client_address(guest.address, head.headers.get("x-forwarded-for", ()), self.proxies)
             self._charge(guest)
         if guest.refusal is not None:
             raise _as_error(guest.refusal)
