@@ -172,7 +172,9 @@ cdef enum:
     ESCAPED_ID = 6 * 64 + 2
     MAX_NAMED = 32          # recipients in an error for a broadcast, as many as a list may have
     WAITING_HEAD = 8        # before a message that waits: its length, whether it was paid for, when it was read
-    WAITING_UNPAID = 0x80000000  # with the length
+    WAITING_UNPAID = 0x80000000  # with the length ...
+    WAITING_UNHEARD = 0x40000000  # ... and behind an undecided join, where nobody could be told
+    WAITING_LENGTH = 0x3fffffff
     WAITING_BYTES = 65536   # of messages behind an undecided join; then the connection is not read (PROTOCOL §3)
     LARGE_INPUT = 16384     # picows' read buffer, when this much was in it, is given up for a new one ...
     SMALL_INPUT = 8192      # ... once a ping period needed less than this
@@ -211,6 +213,7 @@ cdef enum Charge:  # of a message, to its connection's bucket
     NOW
     PAID       # when it came
     UNPAID     # when it came there was nothing left
+    UNHEARD    # nor could its sender have heard that
 
 cdef enum Denial:  # what a token does not grant, or no longer
     NO_RELAY = 1
@@ -918,7 +921,7 @@ cdef class Connection(WSListener):
         head[0] = <uint32_t>n
         head[1] = in_clock_ms(self.relay.clock())
         if self._is_short():
-            head[0] |= WAITING_UNPAID
+            head[0] |= WAITING_UNPAID | (WAITING_UNHEARD if self.diverted == WAIT else 0)
         else:
             self.messages_left -= 1
         new = put(self.waiting + kept, <const char *>head, WAITING_HEAD)
@@ -935,8 +938,8 @@ cdef class Connection(WSListener):
         cdef double now = self.relay.clock()
         cdef bytes text
         memcpy(head, self.waiting + self.waiting_from, WAITING_HEAD)
-        length = head[0] & ~<uint32_t>WAITING_UNPAID
-        self.charge_at = PAID if head[0] == length else UNPAID
+        length = head[0] & WAITING_LENGTH
+        self.charge_at = PAID if head[0] == length else UNHEARD if head[0] & WAITING_UNHEARD else UNPAID
         self.read_at = now - <double><uint32_t>(in_clock_ms(now) - head[1]) / 1000
         self.waiting_from += WAITING_HEAD
         text = self.waiting[self.waiting_from:self.waiting_from + length]
@@ -1370,7 +1373,7 @@ cdef class Connection(WSListener):
         self.relay.turn_ns += PYTHON_NS
         self.relay.on_limited(self, metrics.LIMITS[limit], in_ms(wait_s), text_of(self.relay.envelope.room),
                               text_of(self.relay.envelope.id))
-        return 0 if self.charge_at == UNPAID else self._insist()  # it has not heard of it before
+        return 0 if self.charge_at == UNHEARD else self._insist()
 
     cdef int _insist(self) except -1:
         if self.relay.now - self.insists_since > INSIST_S:
@@ -2752,7 +2755,7 @@ cdef class Relay:
             if connection.messages_left > 0:
                 connection.messages_left -= 1
         else:
-            is_short = connection.charge_at == UNPAID
+            is_short = connection.charge_at != PAID
         verdict = fs_scan_utf8(p, n, &self.envelope) if is_utf8 else fs_scan(p, n, &self.envelope)
         if verdict == FS_OK:
             self.kind = relayed_type(self.envelope.type.p, self.envelope.type.n)

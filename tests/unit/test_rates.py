@@ -335,6 +335,17 @@ async def test_floods_that_are_answered_by_nothing_are_read_a_turn_at_a_time() -
     assert not client.transport.is_paused
 
 
+async def test_flood_that_is_postponed_is_insisting_all_the_same() -> None:
+    host = Host(messages_per_s=10, message_burst=20)
+    busy, flooder = host.connect(), host.join("flooder")
+    with_no_limit = dict.fromkeys(("messages_per_s", "message_burst", "bytes_per_s", "fanout_bytes_per_s"), 0)
+    next(one for one in host.relay.all_connections() if one.peer is None).allow(with_no_limit)
+    busy.feed_only(pings(15_000))
+    flooder.feed_only(pings(200))
+    host.run()
+    assert closed_with(flooder) == 4005
+
+
 async def test_rosters_weigh_what_they_cost() -> None:
     """Joining a crowd takes longer than joining nobody: a turn does fewer of them."""
     handled = {}
