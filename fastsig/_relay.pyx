@@ -751,15 +751,15 @@ cdef class Connection(WSListener):
 
     # ---- life
 
-    def attach(self, transport):
-        """The connection was accepted: from here to `lost` it is in the wheel."""
+    def attach(self, transport, double within_s):
+        """The connection was accepted: from here to `lost` it is in the wheel. Its handshake has that time at most."""
         socket = transport.get_extra_info("socket")
         self.transport = transport
         if socket is not None:
             self.fd = socket.fileno()
         if socket is None or transport.get_extra_info("sslcontext") is not None:
             self.sink = transport
-        self._arm(self.relay.clock() + self.relay.handshake_s)
+        self._arm(self.relay.clock() + min(self.relay.handshake_s, within_s))
 
     def open(self):
         """The handshake is answered: frames are messages from now on."""

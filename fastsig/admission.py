@@ -29,7 +29,7 @@ from .webhook import Decision
 if TYPE_CHECKING:
     from .auth import Grant, KeySets, Verifier
 
-__all__ = ("Admission", "KeysWanted", "Record", "first_message_s", "grant_of", "rates", "record_of")
+__all__ = ("Admission", "HitLog", "KeysWanted", "Record", "first_message_s", "grant_of", "rates", "record_of")
 
 _log = logs.get("fastsig.admission")
 
@@ -87,7 +87,7 @@ class Admission:
     def __init__(self, relay: Relay, limits: Limits, auth: Auth, *, clock: Callable[[], float],
                  unix_clock: Callable[[], float], make_id: Callable[[], str] | None) -> None:  # fmt: skip
         self.is_required = auth.required
-        self.names_addresses = True
+        self.hit_log = HitLog(clock)
         self.verifier: Verifier | None = None
         self.key_sets: KeySets | None = None
         self._relay = relay
@@ -95,7 +95,6 @@ class Admission:
         self._clock = clock
         self._unix_clock = unix_clock
         self._make_id = make_id or (lambda: secrets.token_urlsafe(16))
-        self._complaints = Complaints()
         self._fetches: set[asyncio.Task[None]] = set()
 
     def configure(self, limits: Limits, auth: Auth, verifier: "Verifier | None", key_sets: "KeySets | None") -> None:
@@ -286,7 +285,22 @@ class Admission:
 
     def complain(self, connection: Connection | None, limit: str, *, is_enforced: bool) -> None:
         """To the operator, once a second and address."""
-        address = "" if connection is None else connection.address
+        self.hit_log.write(limit, "" if connection is None else connection.address, is_enforced=is_enforced)
+
+
+class HitLog:
+    """Who ran into limits, as the operator is told: of each address and limit once a second.
+
+    `names_addresses`: as `log.addresses` says.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.names_addresses = True
+        self._clock = clock
+        self._complaints = Complaints()
+
+    def write(self, limit: str, address: str, *, is_enforced: bool) -> None:
+        """A hit of one of `metrics.LIMITS`, or of what a dry run let pass."""
         left_out = self._complaints.admit(address, limit, self._clock())
         if left_out is not None:
             shown = address if self.names_addresses else ""

@@ -2,17 +2,18 @@
 
 `ask` returns at once. What the webhook had said before is told during the call; else the question is sent when there
 is a place (`auth.webhook_concurrency`), and the decision told in a later turn of the loop. Every question is decided
-within `auth.webhook_seconds` of being asked, by the webhook or for it: `webhook_fails_open` says how.
+within `auth.webhook_seconds` of being asked, by the webhook or for it: `webhook_fails_open` says how, if it was sent.
 
 Invariants: a question that several ask at once is sent once. No more than `WAITING_PER_PLACE` per place wait for one,
-what is above is refused at once: also where the webhook fails open, or whoever asks fast enough would be let in. Places
-are given to one address after the other, and too long a queue is cut where it is longest: who asks a lot, from one
-address, waits for itself.
+what is above is refused at once, and so is what waits until it is late: also where the webhook fails open, or whoever
+asks fast enough would be let in. Places are given to one address after the other, and too long a queue is cut where it
+is longest: who asks a lot, from one address, waits for itself.
 Must not know: connections, rooms, HTTP; `post` is given. Nothing of a question, or an answer, is logged.
 Read `webhook` for what is said.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Protocol
@@ -73,6 +74,7 @@ class Asker:
         self._queue = Queue()  # those of them that have no place yet
         self._tasks: set[asyncio.Task[None]] = set()  # each has a place, to its very end
         self._complaints = _Complaints(self._loop)
+        self._answered_at = -math.inf  # whatever the answer was
         self._is_closed = False
 
     def configure(self, auth: Auth, *, meta_bytes: int) -> None:
@@ -109,10 +111,12 @@ class Asker:
             asking.board(flight)
         elif self._has_room(flight := Flight(key, self._group(question.address), question, self._cache, self._end)):
             asking.board(flight)
+            flight.asked_at = self._clock()
             flight.timer = self._loop.call_later(self._auth.webhook_seconds, self._on_late, flight)
             self._flights[key] = flight
             self._queue.put(flight)
             self._fill()
+            flight.has_waited = flight.task is None
         else:
             self._count(_RESULTS["failed"])
             self._complaints.add("too many questions wait", 1)
@@ -159,7 +163,13 @@ class Asker:
         what = "no answer" if flight.task is not None else "others were asked about before, and no answer came"
         if flight.task is not None:
             self._observe(_SECONDS, self._clock() - flight.sent_at)
-        self._fail(flight, "timeout", f"{what} within {self._auth.webhook_seconds:g} s")
+        may_pass = self._may_pass(flight)
+        self._fail(flight, "timeout", f"{what} within {self._auth.webhook_seconds:g} s", may_pass=may_pass)
+
+    def _may_pass(self, flight: "Flight") -> bool:
+        """Was there no answer to it because none is to be had? Of what has waited for a place that is so only where
+        nothing else was answered in its time: else it is late by the length of a line, which may be the asker's own."""
+        return flight.task is not None and (not flight.has_waited or self._answered_at < flight.asked_at)
 
     async def _send(self, flight: "Flight") -> None:
         auth = self._auth
@@ -167,7 +177,8 @@ class Asker:
         headers = webhook.headers(auth.webhook_secret, body, self._unix_clock())
         try:
             status, answer = await self._post(auth.webhook_url, body, headers, webhook.ANSWER_BYTES)
-            self._observe(_SECONDS, self._clock() - flight.sent_at)
+            self._answered_at = self._clock()
+            self._observe(_SECONDS, self._answered_at - flight.sent_at)
             if status != OK:
                 raise OSError(f"it answered {status}")
             decision = webhook.read_answer(answer, meta_bytes=self._meta_bytes)
@@ -179,9 +190,9 @@ class Asker:
             flight.cache.put(flight.key, decision, self._clock())
             self._decide(flight, decision, "allowed" if decision.is_allowed else "denied")
 
-    def _fail(self, flight: "Flight", result: str, reason: str) -> None:
+    def _fail(self, flight: "Flight", result: str, reason: str, *, may_pass: bool = True) -> None:
         self._complaints.add(reason, len(flight.passengers))
-        self._decide(flight, _PASS if self._auth.webhook_fails_open else _REFUSAL, result)
+        self._decide(flight, _PASS if may_pass and self._auth.webhook_fails_open else _REFUSAL, result)
 
     def _decide(self, flight: "Flight", decision: Decision, result: str) -> None:
         """Each is told in a turn of its own: what one makes of it does not touch the others."""
@@ -234,9 +245,13 @@ class Flight:
     asked have gone.
     """
 
-    __slots__ = ("_on_empty", "cache", "key", "lane", "passengers", "question", "sent_at", "task", "timer")
+    __slots__ = (
+        "_on_empty", "asked_at", "cache", "has_waited", "key", "lane", "passengers", "question", "sent_at", "task",
+        "timer",
+    )  # fmt: skip
 
     timer: asyncio.TimerHandle
+    asked_at: float
     sent_at: float
 
     def __init__(
@@ -248,6 +263,7 @@ class Flight:
         self.cache = cache
         self.passengers: dict[Asking, None] = {}  # in the order of their coming
         self.task: asyncio.Task[None] | None = None  # from when it has a place
+        self.has_waited = False  # for a place
         self._on_empty = on_empty
 
     def leave(self, asking: Asking) -> None:

@@ -1,7 +1,8 @@
 """Tokens: is this one good, and what does it grant? (PROTOCOL §3 Identity, §3.4 Expiry; docs/tokens.md)
 
 `Verifier` checks in one order, which `CHECKS` names: size, form, algorithm, key, signature; only then is anything
-believed that the token says. `KeySets` holds what issuers publish, fetched by a callable that it is given.
+believed that the token says. Before that its `iss` is looked at where there are several issuers, to leave out the keys
+of the others. `KeySets` holds what issuers publish, fetched by a callable that it is given.
 
 Must not know: connections, rooms that exist, HTTP, the clock (`now` is unix seconds). Reads files only when made.
 Invariants: the configuration alone decides which URLs and files are read and which algorithm a key may check; a
@@ -24,16 +25,17 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias, get_ar
 import msgspec
 from msgspec import Meta, Raw, Struct
 
-from .config import BY_KEY, Auth, KeySource, key_sources
+from .config import BY_KEY, Auth, KeySource, key_sources, split_revocation
 from .errors import ConfigError
 from .keys import KeySet, ReadFile, read_file, read_items, read_set
 
 TOKEN_BYTES: Final = 8192
+HEADER_BYTES: Final = 1024  # of base64, of those: it is parsed before anything is checked, and 8 KiB may take 1 ms
 LEEWAY_S: Final = 10.0  # for the clocks of issuers that are ahead of ours: nbf, iat. None for exp
 NAME_BYTES: Final = 128  # PROTOCOL §3
 TOKEN_DEPTH: Final = 64  # of header and claims; the interpreter's own limit is another in each version
 META_DEPTH: Final = 59  # in a roster it begins at depth 5 of a message, which has 64 (PROTOCOL §3.6)
-TRIES: Final = 8  # keys that one token may be tried with; more than one only where it names none
+TRIES: Final = 8  # keys of one issuer that a token may be tried with; more than one only where it names none
 FETCH_S: Final = 5.0
 FRESH_S: Final = 300.0  # then a set is fetched anew, while the old one answers
 INTERVAL_S: Final = 30.0  # from one fetch to the next, however many unknown keys are named
@@ -158,9 +160,16 @@ class _Claims(Struct, frozen=True):
     fastsig: _Wishes | None = None
 
 
+class _Claimed(Struct, frozen=True):
+    """What is looked at before the signature is checked."""
+
+    iss: str | None = None
+
+
 _MOST: Final = {name: int(BY_KEY[f"limits.{name}"].meta.most) for name in _Limits.__struct_fields__}
 _HEADER: Final = msgspec.json.Decoder(_Header)
 _CLAIMS: Final = msgspec.json.Decoder(_Claims)
+_CLAIMED: Final = msgspec.json.Decoder(_Claimed)
 
 
 class Verifier:
@@ -177,6 +186,8 @@ class Verifier:
             raise ConfigError("auth.required = true: set auth.keys or auth.jwks_url too, which tokens are checked by")
         self._algorithms: Final[frozenset[str]] = frozenset(auth.algorithms)
         self._ours: Final = _Voucher(auth.issuer, auth.issuer, read_items(auth.keys, self._algorithms, read_file))
+        of_ours = [auth.issuer] if auth.keys else []
+        self._issuers: Final = frozenset([*of_ours, *(source.issuer for source in self.sources)])
         self._key_sets: Final = key_sets
         self._audience: Final = auth.audience
         self._revoked: Final = _revoked(auth.revoked)
@@ -190,7 +201,7 @@ class Verifier:
         header, text, payload, signature = _take_apart(token)
         if header.alg not in self._algorithms:
             raise TokenError("bad_algorithm", "its algorithm is not one of auth.algorithms")
-        voucher = self._find_voucher(header, text, signature, now if may_fetch else None)
+        voucher = self._find_voucher(self._issuers_of(payload), header, text, signature, now if may_fetch else None)
         claims = _read_claims(payload)
         grant = _to_grant(claims, voucher.name)
         if voucher.issuer and claims.iss != voucher.issuer:
@@ -212,19 +223,29 @@ class Verifier:
         """The sources to be refreshed now, in the background; all of them at the start."""
         return [source.url for source in self.sources if self._key_sets and self._key_sets.is_stale(source.url, now)]
 
-    def _find_voucher(self, header: _Header, text: bytes, signature: bytes, now: float | None) -> _Voucher:
-        """Who signed it. `now` None: with the keys that are there."""
-        found = [(voucher, key) for voucher in self._vouchers() for key in voucher.keys.find(header.kid)]
-        fitting = [(voucher, key) for voucher, key in found if header.alg in key.algorithms]
-        for voucher, key in fitting[:TRIES]:
-            if key.has_signed(header.alg, text, signature):
+    def _issuers_of(self, payload: bytes) -> frozenset[str]:
+        """Whose keys may have signed it: of several issuers that of its iss, or whatever another one publishes could
+        refuse it. One alone is tried in any case: the token is refused with a better reason.
+        """
+        return self._issuers if len(self._issuers) < 2 else self._issuers & {"", _claimed_issuer(payload)}
+
+    def _find_voucher(
+        self, issuers: frozenset[str], header: _Header, text: bytes, signature: bytes, now: float | None
+    ) -> _Voucher:
+        """Who of these issuers signed it. `now` None: with the keys that are there."""
+        found = [(voucher, voucher.keys.find(header.kid)) for voucher in self._vouchers() if voucher.issuer in issuers]
+        fitting = [(voucher, [key for key in keys if header.alg in key.algorithms]) for voucher, keys in found]
+        for voucher, keys in fitting:
+            if any(key.has_signed(header.alg, text, signature) for key in keys[:TRIES]):
                 return voucher
         if not header.alg.startswith("HS"):  # no secret is ever published
-            self._want_keys(header.kid, now)
-        if fitting:
+            self._want_keys(issuers, header.kid, now)
+        if any(keys for _, keys in fitting):
             raise TokenError("bad_signature", "its signature is not one of the key, or keys, that it may have")
-        if found:
+        if any(keys for _, keys in found):
             raise TokenError("bad_algorithm", "its algorithm is not one that its key is for")
+        if not issuers and self._issuers:
+            raise TokenError("unknown_key", "its iss is none of those that keys are configured of")
         raise TokenError("unknown_key", "no key has its kid" if header.kid is not None else "no key is configured")
 
     def _vouchers(self) -> Iterable[_Voucher]:
@@ -233,11 +254,11 @@ class Verifier:
             assert self._key_sets is not None
             yield _Voucher(source.name, source.issuer, self._key_sets.keys(source.url))
 
-    def _want_keys(self, kid: str | None, now: float | None) -> None:
+    def _want_keys(self, issuers: frozenset[str], kid: str | None, now: float | None) -> None:
         """For a token that no known key has signed: raises KeysWanted when a source that does not know `kid` may be
         asked, TokenError when one has never answered.
         """
-        unknown = [source.url for source in self.sources if not self._knows(source, kid)]
+        unknown = [source.url for source in self.sources if source.issuer in issuers and not self._knows(source, kid)]
         for url in unknown:
             if now is not None and self._key_sets and self._key_sets.may_refresh(url, now):
                 raise KeysWanted(url)
@@ -351,6 +372,8 @@ def _take_apart(token: str) -> tuple[_Header, bytes, bytes, bytes]:
         raise TokenError("too_large", f"it has {len(token)} characters, more than {TOKEN_BYTES}")
     try:
         head, payload, signature = token.encode("ascii").split(b".")
+        if len(head) > HEADER_BYTES:
+            raise TokenError("too_large", f"its header has {len(head)} characters, more than {HEADER_BYTES}")
         header = _HEADER.decode(_json(_decode(head)))
         parts = _decode(payload), _decode(signature)
     except (ValueError, RecursionError, msgspec.DecodeError):  # ValueError: also no ASCII, no base64, no UTF-8
@@ -383,6 +406,14 @@ def _refuse_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("a name stands twice")
     return members
+
+
+def _claimed_issuer(payload: bytes) -> str:
+    """The `iss` of claims that nothing has vouched for yet; "" where there is none."""
+    try:
+        return _CLAIMED.decode(payload).iss or ""
+    except (ValueError, RecursionError, msgspec.DecodeError):  # it is refused for that when they are read
+        return ""
 
 
 def _read_claims(payload: bytes) -> _Claims:
@@ -477,11 +508,8 @@ def _names(pattern: str, room: str) -> bool:
 
 
 def _revoked(items: Iterable[str]) -> dict[str, float]:
-    """Subject → until when its tokens were issued, in unix seconds. A subject may have an @ in it."""
+    """Subject → until when its tokens were issued, in unix seconds."""
     found: dict[str, float] = {}
-    for item in items:
-        subject, at, until = item.rpartition("@")
-        is_dated = bool(at and subject and until.isdecimal() and until.isascii())
-        subject, moment = (subject, float(until)) if is_dated else (item, math.inf)
-        found[subject] = max(moment, found.get(subject, -math.inf))
+    for subject, until in map(split_revocation, items):
+        found[subject] = max(until, found.get(subject, -math.inf))
     return found

@@ -33,6 +33,8 @@ _ISSUER: Final = re.compile(r"([^?#]+)=(?=https?://)", re.IGNORECASE)
 SECRET_LEAST: Final = 32
 _MAKE_SECRET: Final = "openssl rand -hex 32 makes one"  # noqa: S105 # a command
 _INT_MOST: Final = 2**53  # what every JSON reader keeps exact
+_REVOKED_LEAST: Final = 10**9  # unix seconds, in 2001
+_REVOKED_EVER: Final = 10**10 - 1  # in 2286
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,18 +420,18 @@ class Option:
         return getattr(getattr(config, self.section), self.name)
 
     def show(self, value: Any) -> str:
-        """As TOML, one line, fit for logs and terminals: secrets and passwords in URLs are masked."""
+        """As TOML, one line, fit for logs and terminals: secrets, and passwords and queries of URLs, are masked."""
         if self.meta.is_secret and value:
             return json.dumps([MASK] * len(value) if self.is_list else MASK)
         if isinstance(value, str):
-            value = _without_password(value)
+            value = _masked(value)
         elif self.is_list:
-            value = [_without_password(item) for item in value]
+            value = [_masked(item) for item in value]
         return json.dumps(value, ensure_ascii=False)
 
     def show_text(self, text: str) -> str:
         """What somebody typed where a value was expected: short, on one line, masked where it may be a secret."""
-        return json.dumps(MASK if self.meta.is_secret else _without_password(text[:_SHOWN_CHARS]), ensure_ascii=False)
+        return json.dumps(MASK if self.meta.is_secret else _masked(text)[:_SHOWN_CHARS], ensure_ascii=False)
 
     def parse(self, text: str) -> Any:
         """The value that a flag or variable spells. Raises ValueError that says what is expected."""
@@ -635,10 +637,27 @@ def _contradictions_of_auth(auth: Auth) -> Iterable[tuple[str, str]]:
     issuers = {source.issuer for source in sources}
     if len(sources) > 1 and (len(issuers) < len(sources) or "" in issuers):
         yield "auth.jwks_url", "of several URLs each needs an issuer of its own: ISSUER=https://…"
+    yield from _early_revocations(auth.revoked)
     if auth.webhook_url and not auth.webhook_secret:
         yield "auth.webhook_url", f"set auth.webhook_secret too, which signs the requests: {_MAKE_SECRET}"
     if auth.webhook_url and len(auth.webhook_secret) < SECRET_LEAST:
         yield "auth.webhook_secret", f"expected {SECRET_LEAST} characters or more: {_MAKE_SECRET}"
+
+
+def split_revocation(item: str) -> tuple[str, float]:
+    """Of `auth.revoked`: subject, and until when its tokens were issued, in unix seconds. There may be an @ in it."""
+    subject, _, until = item.rpartition("@")
+    is_dated = bool(subject) and until.isdecimal() and until.isascii()
+    return (subject, float(until)) if is_dated else (item, math.inf)
+
+
+def _early_revocations(revoked: Iterable[str]) -> Iterable[tuple[str, str]]:
+    """A date of long ago would take nothing back: it is mistyped, or the end of a subject."""
+    for item in revoked:
+        if split_revocation(item)[1] < _REVOKED_LEAST:
+            shown, ever = json.dumps(item), json.dumps(f"{item}@{_REVOKED_EVER}")
+            cure = f"expected unix time (date +%s), or {ever} for the subject {shown}"
+            yield "auth.revoked", f"{shown} is SUBJECT@SECONDS before 2001: {cure}"
 
 
 class KeySource(NamedTuple):
@@ -711,9 +730,14 @@ def _strangers(proxies: Iterable[str]) -> Iterable[tuple[str, str]]:
         from ipaddress import ip_network  # noqa: PLC0415 # most servers have none
 
         try:
-            ip_network(proxy)
+            network = ip_network(proxy)
         except ValueError:
             yield "server.trusted_proxies", f"{json.dumps(proxy)} is no address or network, such as 10.0.0.0/8"
+            continue
+        mapped = getattr(network.network_address, "ipv4_mapped", None)
+        if mapped is not None:  # addresses are compared in their plain form, so this would be none's
+            cure = f"{mapped}/{network.prefixlen - 96}"
+            yield "server.trusted_proxies", f"{json.dumps(proxy)} is IPv4 in the form of IPv6, write {cure}"
 
 
 def split_origin(text: str) -> tuple[str, str, int] | None:
@@ -786,13 +810,13 @@ def _kind_of(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
-def _without_password(text: str) -> str:
-    """`redis://user:secret@host` with the secret masked; anything else as it is."""
-    scheme, mark, rest = text.partition("://")
-    authority, slash, tail = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    name, colon, _ = user.partition(":")
-    return f"{scheme}{mark}{name}:{MASK}@{host}{slash}{tail}" if mark and at and colon else text
+_PASSWORD: Final = re.compile(r"(://[^/:@\s]*:)[^/\s]*@")
+_QUERY: Final = re.compile(r"(://[^?\s]*\?)[^#\s]+")
+
+
+def _masked(text: str) -> str:
+    """`redis://user:secret@host`, `https://host/path?key=secret` with the secrets masked; anything else as it is."""
+    return _QUERY.sub(rf"\g<1>{MASK}", _PASSWORD.sub(rf"\g<1>{MASK}@", text))
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -14,6 +14,7 @@ import binascii
 import contextlib
 import hashlib
 import ipaddress
+import math
 import os
 import re
 import resource
@@ -37,7 +38,7 @@ from ._relay import Connection, Relay, trim
 from .auth import Grant, KeysWanted
 from .config import Config
 from .entrance import Entrance, Guest, reset
-from .errors import CloseCode, HttpError, ProtocolError
+from .errors import FIRST_FINAL, CloseCode, HttpError, ProtocolError
 from .protocol import SUBPROTOCOL
 from .tls import Credentials, TlsTransport
 
@@ -56,6 +57,7 @@ REST_S: Final = 0.1
 TRIM_S: Final = 10.0
 DISCARDED_AT_ONCE: Final = 65536  # of what comes behind a close; then it rests for ...
 DISCARD_AGAIN_S: Final = 0.05
+REFUSED_S: Final = 1.0  # for the request of one that is refused: it counts nowhere, and has a descriptor
 READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
@@ -214,13 +216,11 @@ def switching(head: Head) -> bytes:
     ).encode("ascii")
 
 
-def _error_body(refusal: HttpError) -> bytes:
-    """One JSON error object."""
-    fields = {
-        "type": "error", "code": refusal.code, "message": refusal.sentence,
-        "retry": refusal.status in _TO_BE_TRIED_AGAIN,
-    }  # fmt: skip
-    if refusal.after_ms is not None:
+def _error_body(refusal: HttpError, *, is_final: bool = False) -> bytes:
+    """One JSON error object. `is_final`: what follows it says that nothing is to be tried again."""
+    may_retry = refusal.status in _TO_BE_TRIED_AGAIN and not is_final
+    fields = {"type": "error", "code": refusal.code, "message": refusal.sentence, "retry": may_retry}
+    if refusal.after_ms is not None and may_retry:
         fields["after_ms"] = refusal.after_ms
     return msgspec.json.encode(fields)
 
@@ -420,11 +420,12 @@ class Door:
         except HttpError:
             return None
         code = refusal.close_code.to_bytes(2, "big")
-        return answer + _server_frame(_TEXT, _error_body(refusal)) + _server_frame(_CLOSE, code)
+        error = _error_body(refusal, is_final=refusal.close_code >= FIRST_FINAL)
+        return answer + _server_frame(_TEXT, error) + _server_frame(_CLOSE, code)
 
 
 class Handshake(asyncio.Protocol):
-    """Reads one request head. Its time-out is the connection's first deadline in the wheel.
+    """Reads one request head. Its time-out is the connection's first deadline in the wheel, soon for who is refused.
 
     `received`: what another worker had read from the connection already. `guest`: who it is, as far as that is known.
     `pass_on`: see `Door`; `trace`: `Door.take_over`.
@@ -451,7 +452,7 @@ class Handshake(asyncio.Protocol):
         self._transport: Any = transport
         self._connection = Connection(self._door.relay)
         self._connection.lease = self._guest
-        self._connection.attach(transport)
+        self._connection.attach(transport, math.inf if self._guest.refusal is None else REFUSED_S)
         if self._received:
             self.data_received(b"")
 

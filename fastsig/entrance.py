@@ -20,9 +20,10 @@ from typing import Final, Protocol
 
 from . import logs, metrics
 from ._relay import Relay
+from .admission import HitLog
 from .config import Config, split_origin
 from .errors import CloseCode, HttpError
-from .limits import Addresses, Complaints, Refusal, address_key
+from .limits import Addresses, Refusal, address_key
 from .proxies import V2_BYTES, Header, Trusted, client_address, parse, plain_address
 
 _log = logs.get("fastsig.entrance")
@@ -50,15 +51,16 @@ _SENTENCES: Final = {
 class Guest:
     """One connection as limits see it. `address`: where it comes from, "" where that is unknown.
 
-    `refusal`: what its request is to be answered with. `is_proxied`: a trusted proxy at `address` speaks for somebody,
-    who is not known yet.
+    `refusal`: what its request is to be answered with. `is_proxied`: a trusted proxy is at `address`, and nothing is
+    charged before its request; `is_named`: the request may say whom it speaks for.
     """
 
-    __slots__ = ("_addresses", "_key", "address", "is_proxied", "refusal")
+    __slots__ = ("_addresses", "_key", "address", "is_named", "is_proxied", "refusal")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.is_proxied = False
+        self.is_named = True
         self.refusal: Refusal | None = None
         self._key = ""
         self._addresses: Addresses | None = None  # those that count it
@@ -92,7 +94,7 @@ class Entrance:
     def __init__(self, relay: Relay, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
         self._relay = relay
         self._clock = clock
-        self._complaints = Complaints()
+        self._hit_log = HitLog(clock)
         self._last = ""  # the address of the latest connection
         self._same = 0  # how many before it had that too, without a break
         self._readers: set[HeaderReader] = set()
@@ -105,7 +107,7 @@ class Entrance:
         self.proxies = Trusted(config.server.trusted_proxies)
         self.origins = Origins(config.server.origins)
         self.tells_browsers = config.server.tell_browsers
-        self._names_addresses = config.log.addresses
+        self._hit_log.names_addresses = config.log.addresses
         self._reads_headers = config.server.proxy_protocol
         self._header_s = config.limits.handshake_seconds
         self._has_warned = False
@@ -118,10 +120,7 @@ class Entrance:
     def hit(self, limit: str, address: str, is_enforced: bool) -> None:  # noqa: FBT001 # a callback's signature
         """Somebody there ran into this limit: count it, and say so now and then."""
         self._relay.count(_HITS[limit, is_enforced])
-        left_out = self._complaints.admit(address, limit, self._clock())
-        if left_out is not None:
-            shown = address if self._names_addresses else ""
-            _log.warning("limit_hit", limit=limit, address=shown, enforced=is_enforced, left_out=left_out)
+        self._hit_log.write(limit, address, is_enforced=is_enforced)
 
     # ---- a connection, from its acceptance on
 
@@ -143,7 +142,9 @@ class Entrance:
             if header is None:
                 self._relay.count(reader.failed_by)
                 return
-            if header.address is not None:
+            if header.address is None:  # of a TCP proxy, whose clients write their requests themselves
+                guest.is_named = False
+            else:
                 guest.address = header.address
             self._introduce(guest)
             done(end, guest)
@@ -168,7 +169,8 @@ class Entrance:
         """It asks for something. Raises HttpError where a limit is against that."""
         if guest.is_proxied:
             guest.is_proxied = False
-            guest.address = client_address(guest.address, head.headers.get("x-forwarded-for", ()), self.proxies)
+            if guest.is_named:
+                guest.address = client_address(guest.address, head.headers.get("x-forwarded-for", ()), self.proxies)
             self._charge(guest)
         if guest.refusal is not None:
             raise _as_error(guest.refusal)
@@ -198,7 +200,7 @@ class Entrance:
         self._same = 0
         if address and not self._has_warned and not ip_address(address).is_global:
             self._has_warned = True
-            shown = address if self._names_addresses else ""
+            shown = address if self._hit_log.names_addresses else ""
             _log.warning("one_address", address=shown, connections=SAME_ADDRESS)
 
 

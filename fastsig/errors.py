@@ -92,6 +92,9 @@ class CloseCode(IntEnum):
     TOO_MANY_ERRORS = 4509
 
 
+FIRST_FINAL: Final = 4500  # of close codes: from here on clients do not come back
+
+
 class ExitCode(IntEnum):
     """What the process says to whoever started it."""
 

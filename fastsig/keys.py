@@ -148,8 +148,8 @@ def parse_item(item: str) -> Item:
 def read_set(text: bytes, *, is_published: bool = True) -> KeySet:
     """The keys of a JWK set, or of one JWK. Raises ValueError where it is none, or too large.
 
-    Keys that are of no use here are left out (RFC 7517 §5), among them secrets that were published. A set of our own
-    files that has none of use is refused: somebody meant it to have some.
+    Keys that are of no use here are left out (RFC 7517 §5), among them secrets that were published. What has none of
+    use is refused: somebody meant it to have some, and an issuer that is ill may answer with any object.
     """
     if len(text) > FILE_BYTES:
         raise ValueError(f"it has more than {FILE_BYTES} bytes")
@@ -166,7 +166,7 @@ def read_set(text: bytes, *, is_published: bool = True) -> KeySet:
             keys.append(_from_jwk(entry, is_published=is_published))
         except ValueError as error:
             complaint = str(error)
-    if not keys and not is_published:
+    if not keys:
         raise ValueError(complaint)
     return KeySet(keys)
 

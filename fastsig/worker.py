@@ -360,7 +360,7 @@ class Worker:
         verifier = Verifier(auth, self._key_sets) if auth.keys or auth.jwks_url else None
         self._verifier = verifier
         self.hub.configure(config.limits, auth, verifier, self._key_sets)
-        self.hub.admission.names_addresses = config.log.addresses
+        self.hub.admission.hit_log.names_addresses = config.log.addresses
         self._asker.configure(auth, meta_bytes=config.limits.meta_bytes)
 
     def _refresh_keys(self) -> None:

@@ -64,7 +64,7 @@ def send_until_refused(client: socket.socket, data: bytes, most: int) -> int:
 
 @pytest.mark.parametrize("bad", [frame(3, "{}"), frame(TEXT, b"", masked=False), b"\x81\xff" + b"\xff" * 8])
 def test_flood_behind_a_bad_frame_pins_no_memory(serve: Callable[..., Server], bad: bytes) -> None:
-    server = serve()
+    server = serve(*NO_RATES)
     pid = worker_of(server)
     with connect(server, receive_bytes=4096) as client:
         client.settimeout(0.5)
@@ -79,7 +79,7 @@ def test_flood_behind_a_bad_frame_pins_no_memory(serve: Callable[..., Server], b
 
 
 def test_burst_of_small_frames_leaves_little_behind(serve: Callable[..., Server]) -> None:
-    server = serve()
+    server = serve(*NO_RATES)
     pid = worker_of(server)
     clients = [connect(server) for _ in range(20)]
     base = memory_of(pid)

@@ -27,6 +27,7 @@ TRUSTING: Final = ("--server.trusted-proxies", PROXY, "--limits.connections-per-
 READING: Final = (*TRUSTING, "--server.proxy-protocol")
 REQUEST: Final = HEAD.format(target="/ws").encode()
 V2_HEAD: Final = b"\r\n\r\n\0\r\nQUIT\n\x21\x11"
+LOCAL: Final = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0"
 TLVS: Final = b"\x03\0\x04abcd\x05\0\x02id"
 
 
@@ -70,6 +71,22 @@ def test_only_proxies_begin_with_a_header_and_they_always_do(serve: Serve) -> No
     with Visitor(server.port, PROXY) as itself:
         assert itself.send(b"PROXY UNKNOWN\r\nGET /livez HTTP/1.1\r\nHost: x\r\n\r\n").status() == 200
     assert counted(server, 'handshakes_total{result="bad_request"}') == 3
+
+
+def test_proxy_that_names_nobody_is_counted_itself_but_for_health(serve: Serve) -> None:
+    """Whatever its clients write in their requests; and it is told that the server is well, however many they are."""
+    server = serve(*READING, "--limits.connects-per-s-per-address", "1")
+    with contextlib.ExitStack() as stack:
+        found = []
+        for number, header in enumerate((b"PROXY UNKNOWN\r\n", LOCAL, b"PROXY UNKNOWN\r\n", LOCAL)):
+            visitor = stack.enter_context(Visitor(server.port, PROXY))
+            liar = REQUEST.replace(b"Host", b"X-Forwarded-For: 203.0.113.%d\r\nHost" % number)
+            found.append(visitor.send(header + liar).status())
+        assert found == [101, 101, 503, 503]
+        for _ in range(30):
+            with Visitor(server.port, PROXY) as check:
+                assert check.send(LOCAL + b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n").status() == 200
+    assert server.wait_for("limit_hit")["address"] == PROXY
 
 
 def test_tls_follows_behind_the_header(serve: Serve, tmp_path: Path) -> None:

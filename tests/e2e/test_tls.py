@@ -1,7 +1,9 @@
 """TLS that ends in the workers: versions, handshakes that come to nothing, and new certificates under load."""
 
 import asyncio
+import contextlib
 import json
+import os
 import signal
 import socket
 import ssl
@@ -17,14 +19,19 @@ from typing import Any
 import pytest
 import trustme
 from cryptography import x509
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 from websockets.asyncio.client import connect
 
 from fastsig import status
+from fastsig.tls import IDLE_BYTES
 from tests.e2e.conftest import PYTHON, Server, certified, trusting, until
 from tests.unit.memory import CLOSE, HEAD, TEXT, frame
 
 Serve = Callable[..., Server]
 HELLO_BYTES = 64  # of a ClientHello that never goes on
+UPDATE_BYTES = 27  # of a record with a KeyUpdate
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +172,61 @@ def test_what_is_no_tls_is_hung_up_on(shared: Server, said: bytes) -> None:
         end.shutdown(socket.SHUT_WR)
         assert not stream.read().startswith(b"HTTP")
     until(lambda: _failures(shared) == before + 1, "not counted")
+
+
+class _Keys:
+    """What a client of TLS 1.3 sends from its first record of data on (RFC 8446 §5.2, §7.2): also what none would."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+        self._sealed = 0
+
+    def seal(self, kind: int, data: bytes) -> bytes:
+        head = b"\x17\x03\x03" + (len(data) + 17).to_bytes(2, "big")
+        nonce = int.from_bytes(self._expand("iv", 12), "big") ^ self._sealed
+        self._sealed += 1
+        return head + AESGCM(self._expand("key", 32)).encrypt(nonce.to_bytes(12, "big"), data + bytes([kind]), head)
+
+    def update(self) -> bytes:
+        """A new key, which the server need not answer."""
+        said = self.seal(22, b"\x18\0\0\x01\0")
+        self._secret, self._sealed = self._expand("traffic upd", 48), 0
+        return said
+
+    def _expand(self, label: str, size: int) -> bytes:
+        name = b"tls13 " + label.encode()
+        info = size.to_bytes(2, "big") + bytes([len(name)]) + name + b"\0"
+        return HKDFExpand(SHA384(), size, info).derive(self._secret)
+
+
+def test_records_without_a_byte_to_read_end_the_connection(
+    serve: Serve, options: tuple[str, ...], trust: ssl.SSLContext, tmp_path: Path
+) -> None:
+    """No limit of messages sees them, and each makes the server compute (200,000 key updates took 2 s)."""
+    server = serve(*options, trust=trust)
+    trust.keylog_filename = str(tmp_path / "keys")
+    with server.dial(5) as tls:
+        assert isinstance(tls, ssl.SSLSocket)
+        assert tls.cipher() == ("TLS_AES_256_GCM_SHA384", "TLSv1.3", 256)
+        (line,) = [line for line in (tmp_path / "keys").read_text().splitlines() if "CLIENT_TRAFFIC_SECRET_0" in line]
+        keys = _Keys(bytes.fromhex(line.split()[2]))
+        request = HEAD.format(target="/ws").encode()
+        with socket.socket(fileno=os.dup(tls.fileno())) as raw:
+            raw.settimeout(5)
+
+            def idle(size: int) -> bytes:
+                return b"".join(keys.update() for _ in range(size // UPDATE_BYTES))
+
+            for part in (request[:9], request[9:]):  # each byte of it is something
+                raw.sendall(idle(IDLE_BYTES - 2000) + keys.seal(23, part))
+            assert tls.recv(12) == b"HTTP/1.1 101"
+            with contextlib.suppress(ConnectionError):
+                raw.sendall(idle(2 * IDLE_BYTES))
+            with contextlib.suppress(ConnectionError):
+                while raw.recv(65536):
+                    pass
+    until(lambda: _counted(server)["connections"] == 0, "it is still there")
+    assert not server.events("internal_error")
 
 
 def test_tls_where_none_is_spoken_is_refused_at_once(server: Server, trust: ssl.SSLContext) -> None:

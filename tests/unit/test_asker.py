@@ -158,6 +158,46 @@ async def test_time_of_a_request_that_is_given_up_is_seen(home: Home) -> None:
     assert home.seconds == [0.5]
 
 
+OPEN = {
+    "webhook_url": "https://auth.example.com", "webhook_secret": "s" * 32, "webhook_fails_open": True,
+    "webhook_concurrency": 1,
+}  # fmt: skip
+
+
+async def test_who_is_late_by_the_length_of_a_line_is_not_let_in(home: Home) -> None:
+    """Whoever asks a lot could make the time that is left for his last question as short as he likes."""
+    home.configure(**OPEN, webhook_seconds=0.2)
+    told = [home.ask(question(peer)) for peer in "abc"]
+    await turns()
+    home.now += 0.1
+    home.answers["a"].set_result((200, b'{"result":"deny"}'))
+    await turns()
+    assert home.asked == ["a", "b"]
+    await asyncio.sleep(0.25)
+    assert told[0][0].code == "forbidden"
+    assert told[1:] == [[REFUSED], [REFUSED]]
+
+
+async def test_who_was_never_asked_about_is_not_let_in(home: Home) -> None:
+    home.configure(**OPEN, webhook_seconds=4.5)
+    home.ask(question("a"))
+    home.configure(**OPEN, webhook_seconds=0.1)
+    told = home.ask(question("b"))
+    await asyncio.sleep(0.15)
+    assert home.asked == ["a"] and told == [REFUSED]
+
+
+async def test_where_nothing_is_answered_who_waited_and_was_asked_about_is_let_in(home: Home) -> None:
+    """Else nobody would be while more ask than there are places."""
+    home.configure(**OPEN, webhook_seconds=0.2)
+    told = [home.ask(question("a"))]
+    await asyncio.sleep(0.1)
+    told.append(home.ask(question("b")))
+    await asyncio.sleep(0.25)
+    assert home.asked == ["a", "b"]
+    assert [[decision.is_allowed for decision in one] for one in told] == [[True], [True]]
+
+
 async def test_bug_of_ours_is_said_by_the_loop_and_leaves_nobody_waiting(home: Home) -> None:
     home.configure(webhook_url="https://auth.example.com", webhook_secret="s" * 32, webhook_seconds=0.1)
     caught: list[dict[str, Any]] = []

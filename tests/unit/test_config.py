@@ -329,6 +329,26 @@ def test_bounds_themselves_are_allowed() -> None:
     checked(limits_message_bytes=1024, limits_meta_bytes=1023, limits_peers_per_room=0, server_port=0)
 
 
+@pytest.mark.parametrize(
+    ("written", "cure"), [("::ffff:10.0.0.0/104", "10.0.0.0/8"), ("::ffff:10.0.0.5", "10.0.0.5/32")]
+)
+def test_proxy_is_listed_in_the_form_in_which_it_is_seen(written: str, cure: str) -> None:
+    said = refusal(server_trusted_proxies=("::1", written))
+    assert said.endswith(f': "{written}" is IPv4 in the form of IPv6, write {cure}')
+
+
+@pytest.mark.parametrize("item", ["alice@180000000", "a@b@7", "a@0"])
+def test_date_that_would_take_nothing_back_is_refused(item: str) -> None:
+    said = refusal(auth_revoked=("bob", item))
+    assert said.startswith(f'auth.revoked = ["bob", "{item}"]: "{item}" is SUBJECT@SECONDS before 2001: expected')
+    assert said.endswith(f'or "{item}@9999999999" for the subject "{item}"')
+
+
+@pytest.mark.parametrize("item", ["alice", "alice@1800000000", "@7", "a@b@9999999999", "a@-7", "a@٧"])
+def test_subject_may_be_revoked_by_name_or_until_a_date(item: str) -> None:
+    checked(auth_revoked=(item,))
+
+
 def test_refusal_says_where_the_value_came_from() -> None:
     with pytest.raises(ConfigError, match=r"server\.port = 70000 \(env FASTSIG_SERVER_PORT\): "):
         config.check(config.build({"server.port": 70000}), {"server.port": "env FASTSIG_SERVER_PORT"})
@@ -341,6 +361,13 @@ def test_secrets_are_masked_wherever_they_could_show() -> None:
     assert shown["ops.token"] == '"********"'
     assert shown["store.url"] == '"redis://u:********@host:1/0"'
     assert BY_KEY["auth.keys"].show_text("k-one") == '"********"'
+    url = BY_KEY["auth.jwks_url"]
+    assert url.show(
+        "a=https://u:p-secret@a.example/?key=k-secret https://i/=http://:p-secret@b.example:80/x?k-secret#f"
+    ) == ('"a=https://u:********@a.example/?******** https://i/=http://:********@b.example:80/x?********#f"')
+    assert url.show_text("https://user:" + "p-secret" * 20 + "@a.example") == '"https://user:********@a.example"'
+    assert url.show("https://a.example:80/@x/y?") == '"https://a.example:80/@x/y?"'
+    assert BY_KEY["turn.urls"].show(["turn:t.example?transport=udp"]) == '["turn:t.example?transport=udp"]'
     assert "k-one" not in repr(made) and "t-secret" not in repr(made)
 
 

@@ -15,6 +15,7 @@ from fastsig._relay import Connection
 from fastsig.config import Config, Limits, Log, Server, split_origin
 from fastsig.connection import Handshake
 from fastsig.entrance import SAME_ADDRESS, Entrance, Guest, Origins
+from fastsig.errors import HttpError
 from fastsig.proxies import V2_BYTES
 
 from .memory import CLOSE, HEAD, TEXT, Client, Host, parse_frames
@@ -144,6 +145,16 @@ def pass_on(host: Host) -> list[Handshake]:
 
     host.door.pass_on = offer
     return waiting
+
+
+async def test_refused_who_say_nothing_are_gone_in_a_second() -> None:
+    """They count nowhere: at ten seconds each there would be as many as can connect in that time."""
+    host = Host(connections_per_address=2)
+    silent = [host.accept(peername=HERE) for _ in range(50)]
+    host.advance(2)
+    assert [client.is_gone() for client in silent] == [False] * 2 + [True] * 48
+    host.advance(10)
+    assert all(client.is_gone() for client in silent)
 
 
 async def test_connection_that_another_worker_takes_over_gives_its_place_up_here() -> None:
@@ -427,7 +438,8 @@ async def test_page_from_an_address_with_too_many_connections_is_told_not_to_com
     answer, _, frames = client.take_bytes().partition(b"\r\n\r\n")
     (text, close) = parse_frames(frames)
     assert answer.startswith(b"HTTP/1.1 101 ")
-    assert json.loads(text[1])["code"] == "limit_exceeded"
+    assert json.loads(text[1]).items() >= {"code": "limit_exceeded", "retry": False}.items()
+    assert "after_ms" not in json.loads(text[1]), "the close says: stop"
     assert close == (CLOSE, (4505).to_bytes(2, "big"))
     assert host.door.entrance.addresses.connections == 1
     assert ask(host, HERE, "Origin: https://a.example", head="GET /ws HTTP/1.1\r\nHost: x\r\n\r\n")[0] == 503
@@ -517,13 +529,31 @@ async def test_header_that_is_there_at_once_is_read_at_once(make: Callable[..., 
     assert [guest.address for _, guest in door.served] == ["203.0.113.1"]
 
 
-async def test_proxy_that_speaks_for_itself_or_for_another_may_name_the_client_in_the_request(
-    make: Callable[..., Door],
+class _Forwarded(_NoHeaders):
+    headers: dict[str, list[str]] = {"x-forwarded-for": ["203.0.113.9"]}  # noqa: RUF012 # never written
+
+
+@pytest.mark.parametrize(
+    ("header", "address"),
+    [
+        (b"PROXY UNKNOWN\r\n", "10.0.0.1"),
+        (V2[:12] + b"\x20\0\0\0", "10.0.0.1"),  # LOCAL
+        (V2[:12] + b"\x21\0\0\0", "10.0.0.1"),  # of no family
+        (V1.replace(b"203.0.113.1", b"10.9.8.7"), "203.0.113.9"),  # another trusted proxy
+    ],
+)
+async def test_client_of_a_proxy_that_names_nobody_cannot_name_itself(
+    make: Callable[..., Door], header: bytes, address: str
 ) -> None:
-    door = make()
-    door.connect(b"PROXY UNKNOWN\r\n")
-    door.connect(V1.replace(b"203.0.113.1", b"10.9.8.7"))
-    assert [(guest.address, guest.is_proxied) for _, guest in door.served] == [("10.0.0.1", True), ("10.9.8.7", True)]
+    """What a proxy of TCP passes on, the client wrote. A proxy that it names is one of HTTP, and says who is there."""
+    door = make(connections_per_address=1)
+    for _ in range(2):
+        door.connect(header)
+    (_, first), (_, second) = door.served
+    door.entrance.admit(first, _Forwarded())
+    assert first.address == address
+    with pytest.raises(HttpError, match="as many connections"):
+        door.entrance.admit(second, _Forwarded())
 
 
 async def test_half_a_header_keeps_nobody_awake_and_ends_in_time(make: Callable[..., Door]) -> None:
