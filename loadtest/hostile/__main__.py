@@ -18,23 +18,24 @@ from pathlib import Path
 from typing import Final
 
 from fastsig import __version__
-from tests.e2e.conftest import Server
+from tests.e2e.conftest import NO_RATES, Server
 
-from . import limits, memory
+from . import limits, memory, rates
 from .connections import allow_descriptors
-from .offences import CROWD, MEMORY, OFFENCES, REPEATED_S, UNLIMITED
+from .offences import MEMORY, OFFENCES, REPEATED_S
 from .scene import Finding, Scene
 
 WORST_MS: Final = 250.0
+OFF_MS: Final = 1000.0
 PAGE: Final = Path(__file__).parent.parent.parent / "docs" / "hostile.md"
 _HEAD: Final = """\
 # Hostile input, measured
 
 This page is made by `make hostile` (`loadtest/hostile/`): real sockets over loopback, against a server with one worker
-and the default options, but for the limits per address: all come from one. Two healthy peers on the same worker throw a
-message to each other every 25 ms meanwhile; "worst" is their longest round trip, two relays, while the offence lasted.
-"RSS" is by how much the worker's resident memory was higher afterwards, "s" how long it took; what is over sooner is
-done again for a second.
+and the default options, but for the limits per address (all come from one) and those of rate: so each other control is
+seen by itself. Two healthy peers on the same worker throw a message to each other every 25 ms meanwhile; "worst" is
+their longest round trip, two relays, while the offence lasted. "RSS" is by how much the worker's resident memory was
+higher afterwards, "s" how long it took; what is over sooner is done again for a second.
 
 fastsig {version}, Python {python}, {machine}, {cpus} CPUs, {date}.
 
@@ -68,14 +69,14 @@ Each on a server of its own, from another address than the pair's. "Alone" is th
 {limits.ALONE_S:.0f} s before, "beside" that while the offence lasts.
 
 """
-_FLOODS: Final = f"""\
+_RATES: Final = f"""\
 
-## Floods that only limits of rate will stop
+## Limits: what one connection may do, and a crowd
 
-A worker handles all that it has read in one turn of its loop: {CROWD} peers that send 64 KiB each of messages that are
-not relayed hold up everybody else there. `limits.messages_per_s`, `joins_per_s` and `bytes_per_s` have no effect yet.
-Of these nobody is lost, and afterwards all is as before; but a worker that is silent for 10 s, as by 150 such peers, is
-taken for dead and replaced.
+Each on a server of its own with the default rates, but for the rows that say "rates off". A worker does 25 ms of work
+for its peers in one turn of its loop, and then reads no more from who speaks; half of each turn is for those who said
+nothing until then. So a crowd takes the worker's CPU, but not more of the others' time than the worst here. With rates
+on that has to stay below {WORST_MS:.0f} ms, with rates off below {OFF_MS:.0f} ms, and the worker is never replaced.
 
 """
 
@@ -92,7 +93,7 @@ def row(finding: Finding) -> str:
 def _scene(failures: list[str]) -> Iterator[Scene]:
     """A server of its own; what it complains about is a failure."""
     with tempfile.TemporaryDirectory(prefix="fastsig-hostile-") as folder:
-        server = Server(cwd=Path(folder))
+        server = Server(*NO_RATES, cwd=Path(folder))
         try:
             scene = Scene(server, is_long=True)
             yield scene
@@ -117,17 +118,22 @@ def _commit(scene: Scene, name: str, offence: Callable[[Scene], str], worst_ms: 
     return row(finding)
 
 
-def _hold(name: str, failures: list[str]) -> str:
-    """The row of an offence that a limit is for."""
-    try:
-        held = limits.commit(name)
-    except AssertionError as reason:
-        failures.append(f"{name}: {reason}")
-        return ""
-    if held.beside.worst_ms >= WORST_MS:
-        failures.append(f"{name}: the pair waited {held.beside.worst_ms:.0f} ms")
-    print(held.row(), end="", flush=True)
-    return held.row()
+def _hold(offences: dict[str, tuple[Callable[[Scene], str], tuple[str, ...]]], only: str, failures: list[str]) -> str:
+    """A table of offences that limits are for."""
+    table = limits.COLUMNS
+    for name, (offence, options) in offences.items():
+        if only not in name:
+            continue
+        try:
+            held = limits.commit(name, offence, options)
+        except AssertionError as reason:
+            failures.append(f"{name}: {reason}")
+            continue
+        if held.beside.worst_ms >= (OFF_MS if options == NO_RATES else WORST_MS):
+            failures.append(f"{name}: the pair waited {held.beside.worst_ms:.0f} ms")
+        print(held.row(), end="", flush=True)
+        table += held.row()
+    return table
 
 
 def run(only: str) -> tuple[str, list[str]]:
@@ -138,13 +144,13 @@ def run(only: str) -> tuple[str, list[str]]:
         for name, offence in OFFENCES.items():
             if only in name:
                 page += _commit(scene, name, offence, WORST_MS, failures)
-    page += _LIMITS + limits.COLUMNS + "".join(_hold(name, failures) for name in limits.OFFENCES if only in name)
-    for head, offences in ((_CROWDS, MEMORY), (_FLOODS, UNLIMITED)):
-        page += head + _COLUMNS
-        for name, offence in offences.items():
-            if only in name:
-                with _scene(failures) as scene:
-                    page += _commit(scene, name, offence, math.inf, failures)
+    page += _LIMITS + _hold(limits.OFFENCES, only, failures)
+    page += _RATES + _hold(rates.OFFENCES, only, failures)
+    page += _CROWDS + _COLUMNS
+    for name, offence in MEMORY.items():
+        if only in name:
+            with _scene(failures) as scene:
+                page += _commit(scene, name, offence, math.inf, failures)
     return page, failures
 
 

@@ -72,15 +72,14 @@ COLUMNS: Final = """\
 """
 
 
-def commit(name: str) -> Held:
-    """One of OFFENCES. Raises AssertionError where the offender got something else than it should."""
-    offence, options = OFFENCES[name]
+def commit(name: str, offence: Callable[[Scene], str], options: tuple[str, ...], alone_s: float = ALONE_S) -> Held:
+    """One offence. Raises AssertionError where the offender got something else than it should."""
     with tempfile.TemporaryDirectory(prefix="fastsig-hostile-") as folder, ExitStack() as stack:
         server = Server(*options, cwd=Path(folder))
         stack.callback(server.stop)
         scene = Scene(server, is_long=True)
         stack.callback(scene.pair.close)
-        time.sleep(ALONE_S)
+        time.sleep(alone_s)
         alone = scene.pair.ask()
         use = Use()
         use.look(scene)

@@ -49,8 +49,3 @@ MEMORY: Final[dict[str, Callable[[Scene], str]]] = {
     "memory: pings, and pongs unread": memory.pings_unread,
     "memory: messages unread": memory.reads_nothing,
 }
-CROWD: Final = 40
-# What the limits of rate are for, which have no effect yet: recorded, and held to nothing but that all is well again.
-UNLIMITED: Final[dict[str, Callable[[Scene], str]]] = {
-    f"{CROWD} peers: a flood of {name}": partial(_flood, texts, by=CROWD) for name, texts in _FLOODS.items()
-}

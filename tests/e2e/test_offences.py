@@ -7,19 +7,19 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from loadtest.hostile import messages
+from loadtest.hostile import limits, messages, rates
 from loadtest.hostile.messages import Case
 from loadtest.hostile.offences import MEMORY, OFFENCES
 from loadtest.hostile.pair import WORST_S
 from loadtest.hostile.scene import Scene
 from tests.unit.memory import PING, TEXT, frame
 
-from .conftest import Server
+from .conftest import NO_RATES, Server
 
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
-    server = Server(cwd=tmp_path_factory.mktemp("hostile"))
+    server = Server(*NO_RATES, cwd=tmp_path_factory.mktemp("hostile"))
     try:
         scene = Scene(server, is_long=False)
         yield scene
@@ -38,10 +38,18 @@ def test_offence_costs_its_sender_only(scene: Scene, name: str) -> None:
     assert finding.trips.worst_ms < 1000 * WORST_S
 
 
+@pytest.mark.parametrize("name", rates.FAST)
+def test_limit_holds_its_offender_only(name: str) -> None:
+    """The limits of rate are on; what `make hostile` does in these."""
+    held = limits.commit(name, *rates.OFFENCES[name], alone_s=0.1)
+    assert held.beside.number >= 1
+    assert held.beside.worst_ms < 1000 * WORST_S
+
+
 @pytest.mark.parametrize("name", MEMORY)
 def test_input_pins_little(serve: Callable[..., Server], name: str) -> None:
     """N bytes: at most 4 N + 128 KiB, beyond `limits.output_bytes`."""
-    scene = Scene(serve(), is_long=False)
+    scene = Scene(serve(*NO_RATES), is_long=False)
     finding = scene.commit(name, MEMORY[name])
     assert finding.trips.worst_ms < 1000 * WORST_S
     scene.pair.close()
