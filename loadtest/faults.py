@@ -42,7 +42,7 @@ NOTICE_S: Final = 1.0  # for the others to hear `peer-left`, for a new connectio
 GUESTS_EVERY_S: Final = 0.05
 QUIET_S: Final = 10.0  # for the server to be as empty as it was
 STUCK_S: Final = 10.0  # ARCHITECTURE §2: a worker that is stuck for so long is replaced
-LATE: Final = {"watched_rooms", "worker_loop_lag_seconds"}  # they show what was a while ago
+LATE: Final = {"watched_rooms", "worker_loop_lag_seconds", "tracked_addresses"}  # they show what was a while ago
 GAUGES: Final = [family.name for family in IN_MAP if family.kind == "gauge" and family.name not in LATE]
 FREE: Final = {
     f"FASTSIG_LIMITS_{name}": "0"
