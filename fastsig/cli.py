@@ -249,9 +249,13 @@ app.command(keys_app)
 @app.command
 def serve(*, given: Given = _NOTHING) -> ExitCode | int:
     """Serve until told to stop (also what fastsig does without a command)."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)  # until the supervisor handles them: a TERM now is an orderly end
-    config = _settle(given)
-    _check_keys(config)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)  # until the supervisor handles them: orderly ends, too
+    try:
+        config = _settle(given)
+        _check_keys(config)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
     from .supervisor import run  # noqa: PLC0415 # what the other commands never need
 
     return run(config, reload=_reread)

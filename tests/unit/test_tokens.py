@@ -5,6 +5,7 @@ import io
 import json
 import os
 import stat
+import signal
 import subprocess
 import sys
 import threading
@@ -280,6 +281,7 @@ def test_unusable_keys_are_refused_before_anything_starts(run: Run, command: lis
     assert "hunter2" not in err
     code, _, err = run(*command, "--auth.required")
     assert code == 2 and "set auth.keys or auth.jwks_url too" in err
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()), "whoever called it hears no signals any more"
 
 
 def test_other_commands_pay_for_no_cryptography() -> None:
