@@ -4,8 +4,8 @@ import http.server
 import io
 import json
 import os
-import stat
 import signal
+import stat
 import subprocess
 import sys
 import threading
