@@ -440,7 +440,7 @@ cdef class Member(Named):
     cdef readonly Neighbour home     # None: here
     cdef readonly uint64_t n         # PROTOCOL §3.2, "Who offers"
     cdef public bytes meta           # JSON text as the peer sent it
-    cdef public str proof            # the issuer of the token that its id comes from, None: nobody vouches for it
+    cdef public str proof            # issuer and subject of the token that its id comes from, None: nobody vouches
     cdef public double read_at       # when its join was read (monotonic seconds of this machine), 0: not known
     cdef readonly uint64_t request   # of a guest: its home's number for the join, 0 for one that was announced
     cdef Py_ssize_t index            # in room.order
@@ -1374,8 +1374,7 @@ cdef class Connection(WSListener):
             wait_s = -self.fanout_left / self.rates.fanout_per_s
         self.told_until = self.relay.now + wait_s
         self.relay.turn_ns += PYTHON_NS
-        self.relay.on_limited(self, metrics.LIMITS[limit], in_ms(wait_s), text_of(self.relay.envelope.room),
-                              text_of(self.relay.envelope.id))
+        self.relay.on_limited(self, in_ms(wait_s), text_of(self.relay.envelope.room), text_of(self.relay.envelope.id))
         return 0 if has_waited or self.charge_at == UNHEARD else self._insist()
 
     cdef int _insist(self) except -1:

@@ -172,7 +172,11 @@ class Limits:
         has_effect=True,
     )
     joins_per_s: int = _option(
-        5, "Joins per connection; the burst is four times that.", unit="joins/s", reloads=True, has_effect=True
+        5,
+        "Joins, and refreshes of tokens, per connection; the burst is four times that.",
+        unit="joins/s",
+        reloads=True,
+        has_effect=True,
     )
     rooms_per_connection: int = _option(16, "Rooms of one connection.", most=1024, reloads=True, has_effect=True)
     peers_per_room: int = _option(512, "Peers in one room.", most=65535, reloads=True, has_effect=True)

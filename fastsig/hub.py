@@ -240,7 +240,7 @@ class Hub:
         if code == "token_expired" and grant_of(connection) is None:
             connection.send_close(CloseCode.TOKEN_EXPIRED, "lost")
 
-    def limited(self, connection: Connection, limit: str, after_ms: int, room: str | None, id: str | None) -> None:
+    def limited(self, connection: Connection, after_ms: int, room: str | None, id: str | None) -> None:
         """A message of it came too soon."""
         self.refuse(connection, "rate_limited", room, id, None, after_ms)
 
@@ -366,6 +366,7 @@ class Hub:
             raise ProtocolError("bad_message")
         token = protocol.read_refresh(message.payload)
         request = self._request(connection, message, protocol.JoinPayload(token=token))
+        self.admission.take_join(connection, request.until - DECISION_S)  # a signature costs as much
         self._identify(request, self._refreshed)
 
     def _refreshed(self, request: _Request) -> None:

@@ -268,6 +268,15 @@ async def test_token_that_is_over_when_it_is_shown_ends_the_connection(strict: H
         assert kinds(heard(client)) == ["token_expired", 4004]
 
 
+async def test_refreshes_are_as_rare_as_joins() -> None:
+    """A signature may cost 0.1 ms: at the rate of messages a few peers would keep a core busy with them."""
+    host = Host(auth=OPTIONAL, joins_per_s=1)
+    alice = join(host, mint())
+    for _ in range(5):
+        alice.say(type="refresh", payload={"token": mint()})
+    assert kinds(heard(alice)) == ["joined"] + ["refreshed"] * 3 + ["rate_limited"] * 2
+
+
 async def test_refresh_without_a_token_before_is_out_of_place(host: Host) -> None:
     client = host.join("alice")
     client.say(type="refresh", payload={"token": mint()})
