@@ -87,6 +87,8 @@ class Message:
     @property
     def id(self) -> str | None: ...
 
+IS_DEBUG: bool
+
 def trim() -> None: ...
 def utf8_piece_at_fault(pieces: list[bytes]) -> int | None: ...
 def scan(data: bytes) -> tuple[str, dict[str, Any]]: ...
@@ -95,6 +97,7 @@ class Connection(WSListener):
     context: Any
     wants_ack: bool
     is_copied: bool
+    may_move: bool
     trace: Any
     denies: int
     lease: Any
@@ -136,6 +139,32 @@ class Connection(WSListener):
     def probe(self) -> None: ...
     def lost(self) -> None: ...
     def let_go(self) -> None: ...
+    def pack(self) -> dict[str, Any] | None: ...
+    @property
+    def is_packed(self) -> bool: ...
+    def stay(self) -> None: ...
+    def unpack(
+        self,
+        *,
+        peer: str | None,
+        waiting: bytes,
+        wants_ack: bool,
+        denies: int,
+        is_heard: bool,
+        pings_unanswered: int,
+        opened_at: float,
+        ping_at: float,
+        join_by: float,
+        probed_at: float,
+        alarm_at: float,
+        refilled_at: float,
+        messages_left: float,
+        bytes_left: float,
+        fanout_left: float,
+        told_until: float,
+        insists_since: float,
+        insisted: int,
+    ) -> None: ...
     def get_write_buffer_size(self) -> int: ...
     def get_extra_info(self, name: str, default: Any = None) -> Any: ...
     def write(self, data: bytes) -> None: ...

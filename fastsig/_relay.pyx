@@ -290,6 +290,8 @@ if (RECEIVED, RECEIVED_TEXT, SENT, SENT_TEXT, RECEIVED_BYTES, SENT_BYTES) != tup
             metrics.index("relays_total", route) for route in ("local", "to_owner", "for_home")):
     raise InvariantError("what every message adds to stands elsewhere")
 
+IS_DEBUG = bool(FASTSIG_DEBUG)
+
 cdef bytes NULL_JSON = b"null"
 cdef tuple VERDICTS = ("ok", "bad_utf8", "bad_json", "bad_message", "too_large")
 
@@ -683,6 +685,7 @@ cdef class Connection(WSListener):
     cdef size_t end                   # the word that counts how it ended, 0: it has not
     cdef double opened_at
     cdef public bint is_copied        # another process may have a descriptor of it: closing ours alone ends nothing
+    cdef public bint may_move         # to the owner of the first room that it joins: it has not yet
     # output
     cdef char *out
     cdef size_t out_from, out_to, out_size
@@ -708,7 +711,8 @@ cdef class Connection(WSListener):
     cdef Diversion diverted
     cdef char *waiting                # messages, each behind its length: [waiting_from, waiting_to); NULL: none
     cdef size_t waiting_from, waiting_to, waiting_size
-    cdef bint is_paused               # not read: it is postponed, or more than WAITING_BYTES wait
+    cdef bint is_paused               # not read: it is postponed, or offered, or more than WAITING_BYTES wait
+    cdef bint is_still                # to another process: nothing is read of it or said to it
     cdef bint is_postponed            # it waits for another loop turn
     cdef bint has_closed              # its close has come; what was said before that may wait yet
     cdef int closed_with              # the code of it, 0: none
@@ -766,6 +770,7 @@ cdef class Connection(WSListener):
         cdef double now = self.relay.clock()
         self.state = OPEN
         self.is_counted = True
+        self.may_move = self.sink is None  # the keys of TLS are in this process
         self.relay.words[CONNECTIONS] += 1
         self.relay.words[ACCEPTED] += 1
         self.opened_at = now
@@ -805,6 +810,7 @@ cdef class Connection(WSListener):
     def echo(self):
         """From now on every message goes back to where it came from, as it is."""
         self.diverted = ECHO
+        self.may_move = False
         self.allow(NO_RATES)
         self.settle()
 
@@ -839,8 +845,76 @@ cdef class Connection(WSListener):
 
     def let_go(self):
         """Another process serves it: here it neither comes nor goes."""
+        self.fd = -1
         self.state = CLOSED
+        if self.is_counted:
+            self.is_counted = False
+            self.relay.words[CONNECTIONS] -= 1
         self._release()
+
+    # ---- to another process
+
+    def pack(self):
+        """What the relay knows of one whose join is undecided, by name, for `unpack` in another process of this host
+        (its times are those of the one clock); None: it is not fit for that, since it is in the midst of a message or
+        of output. From here on nothing is read of it, until `stay` or `let_go`."""
+        self._flush()
+        if self.diverted != WAIT or self.parts_count or self.has_closed or not self._is_quiet():
+            return None
+        self.is_still = True
+        if not self.is_paused:
+            self.is_paused = True
+            self.relay.edge.pause(self)
+        return {
+            "peer": self.peer, "waiting": self.waiting[self.waiting_from:self.waiting_to], "wants_ack": self.wants_ack,
+            "denies": self.denies, "is_heard": self.is_heard, "pings_unanswered": self.pings_unanswered,
+            "opened_at": self.opened_at, "ping_at": self.ping_at, "join_by": self.join_by, "probed_at": self.probed_at,
+            "alarm_at": min(self.alarm_at, 1e300), "refilled_at": self.refilled_at,
+            "messages_left": self.messages_left, "bytes_left": self.bytes_left, "fanout_left": self.fanout_left,
+            "told_until": self.told_until, "insists_since": self.insists_since, "insisted": self.insisted,
+        }
+
+    cdef bint _is_quiet(self) noexcept:
+        """Could another process go on with it from here, as far as its output goes?"""
+        return self.state == OPEN and self.out_from == self.out_to and not (self.is_doomed or self.broken_by)
+
+    @property
+    def is_packed(self):
+        """And is what it was then?"""
+        return self.is_still and self._is_quiet()
+
+    def stay(self):
+        """It is not moved after all. The other process may have its descriptor for a while yet."""
+        self.is_still = False
+        self.is_copied = True
+        if self.waiting_to - self.waiting_from <= WAITING_BYTES and not self.is_postponed:
+            self._unpause()
+
+    def unpack(self, *, str peer, bytes waiting, wants_ack, denies, is_heard, pings_unanswered, opened_at, ping_at,
+               join_by, probed_at, alarm_at, refilled_at, messages_left, bytes_left, fanout_left, told_until,
+               insists_since, insisted):
+        """Go on with what another process has packed. What it had read waits, until `proceed`."""
+        if self.state != HANDSHAKE:
+            raise InvariantError("a connection is unpacked once, in place of its handshake")
+        if peer is not None:
+            self.identify(peer)
+        self.wants_ack, self.denies, self.is_heard, self.pings_unanswered = wants_ack, denies, is_heard, pings_unanswered
+        self.opened_at, self.ping_at, self.join_by, self.probed_at = opened_at, ping_at, join_by, probed_at
+        self.probe_by, self.alarm_at, self.refilled_at = 1e300, alarm_at, refilled_at
+        self.messages_left, self.bytes_left, self.fanout_left = messages_left, bytes_left, fanout_left
+        self.told_until, self.insists_since, self.insisted = told_until, insists_since, insisted
+        self.waiting_size = self.waiting_to = PyBytes_GET_SIZE(waiting)
+        if self.waiting_to:
+            self.waiting = <char *>malloc(self.waiting_to)
+            if self.waiting == NULL:
+                self.waiting_size = self.waiting_to = 0
+                raise MemoryError
+            memcpy(self.waiting, PyBytes_AS_STRING(waiting), self.waiting_to)
+        self.diverted = WAIT
+        self.state = OPEN
+        self.is_counted = self.is_copied = True
+        self.relay.words[CONNECTIONS] += 1
+        self._arm_next()
 
     def wait(self):
         """What this peer says from now on waits for a decision, until `proceed`."""
@@ -955,7 +1029,7 @@ cdef class Connection(WSListener):
         self.waiting_from = self.waiting_to = self.waiting_size = 0
 
     cdef int _unpause(self) except -1:
-        if self.is_paused:
+        if self.is_paused and not self.is_still:
             self.is_paused = False
             self.relay.edge.resume(self)
         return 0
@@ -1103,7 +1177,7 @@ cdef class Connection(WSListener):
         cdef char payload[2]
         payload[0] = <char>(code >> 8)
         payload[1] = <char>code
-        self.is_doomed = False  # what was noted as the reason is being done
+        self.is_doomed = self.is_still = False  # what was noted as the reason is being done
         if not self.end:
             self.end = metrics.disconnect(code, is_by_client=False)
         self._frame(WSMsgType.CLOSE, payload, 2 if code else 0)
@@ -1291,6 +1365,8 @@ cdef class Connection(WSListener):
             self.state = CLOSED
         if self.state != OPEN:
             return self._drop()
+        if self.is_still:  # whatever is due is said by whoever serves it
+            return self._arm(now + 1 / <double>TICKS_PER_S)
         if now >= self.probe_by:
             if not self._is_alive(PROBE_S):
                 return self.fail(4002)
@@ -2423,6 +2499,7 @@ cdef class Relay:
             member.home.guests.put(fs_mix(member.n), member)
         else:
             member.connection.members.append(member)
+            member.connection.may_move = False
             self.words[MEMBERS] += 1
         if room.owner is not None:
             room.owner.members.put(fs_mix(member.n), member)

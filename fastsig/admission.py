@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final
 from . import logs, metrics, protocol
 from ._relay import Connection, Relay
 from .auth import KeysWanted, TokenError
+from .bus_messages import Standing
 from .config import Auth, Config, Limits
 from .errors import CloseCode, ProtocolError
 from .limits import Bucket, Complaints
@@ -205,6 +206,26 @@ class Admission:
             self._allow(connection, record)
         if decision.meta is not None:
             record.is_meta_fixed = True
+
+    def pack(self, connection: Connection) -> Standing:
+        """For another worker to go on with. Reports are of members: it has made none."""
+        record = record_of(connection)
+        return Standing(
+            record.grant, record.is_warned, record.said_hello, record.webhook_limits, record.is_meta_fixed,
+            None if record.joins is None else (record.joins.level, record.joins.at), tuple(record.errors or ()),
+        )  # fmt: skip
+
+    def unpack(self, connection: Connection, standing: Standing) -> None:
+        """What another worker has packed; before `Connection.unpack`, which says what is left of its rates."""
+        record = record_of(connection)
+        record.grant, record.is_warned, record.said_hello = standing.grant, standing.is_warned, standing.said_hello
+        record.webhook_limits, record.is_meta_fixed = standing.webhook_limits, standing.is_meta_fixed
+        record.errors = deque(standing.errors) if standing.errors else None
+        if standing.joins is not None:
+            rate = self.limit(record, "joins_per_s")
+            record.joins = Bucket(rate, JOIN_BURST * rate, standing.joins[1])
+            record.joins.level = min(standing.joins[0], record.joins.burst)
+        self._allow(connection, record)
 
     def is_meta_fixed(self, connection: Connection) -> bool:
         """Does its metadata come from the token or the webhook?"""

@@ -7,10 +7,14 @@ by its `n`, which is unique among all members of one owner. JSON text that peers
 Pure: `hub` says when each is said. Also the bus of another engine carries just these.
 """
 
+from collections.abc import Mapping
 from typing import Final
 
 import msgspec
 from msgspec import Raw, Struct
+
+from .auth import Grant
+from .webhook import Decision
 
 
 class Join(Struct, tag="join", frozen=True):
@@ -168,15 +172,69 @@ class Settled(Struct, tag="settled", frozen=True):
     """Owner to home, after its rosters: relays may go."""
 
 
+class Packed(Struct, frozen=True):
+    """What the relay knows of a connection: as `Connection.pack` gives it and `Connection.unpack` takes it.
+
+    Times are monotonic seconds of this machine. `waiting`: the messages that were read behind its join.
+    """
+
+    peer: str | None
+    waiting: bytes
+    wants_ack: bool
+    denies: int
+    is_heard: bool
+    pings_unanswered: int
+    opened_at: float
+    ping_at: float
+    join_by: float
+    probed_at: float
+    alarm_at: float
+    refilled_at: float
+    messages_left: float
+    bytes_left: float
+    fanout_left: float
+    told_until: float
+    insists_since: float
+    insisted: int
+
+
+class Standing(Struct, frozen=True):
+    """What is known of who it is and what it may (`admission.Record`). `joins`: level and time of that bucket."""
+
+    grant: Grant | None = None
+    is_warned: bool = False
+    said_hello: bool = False
+    webhook_limits: Mapping[str, int] | None = None
+    is_meta_fixed: bool = False
+    joins: tuple[float, float] | None = None
+    errors: tuple[float, ...] = ()
+
+
+class Live(Struct, frozen=True):
+    """A connection in the midst of its first join, which is identified and authorized, and not decided.
+
+    `id`: of the join message. `grant`: what the token in it grants, None without. `decision`: the webhook's.
+    """
+
+    packed: Packed
+    standing: Standing
+    join: Join
+    id: str | None
+    grant: Grant | None
+    decision: Decision | None
+
+
 class Offer(Struct, tag="offer", frozen=True):
     """With the descriptor of a connection whose room the other owns: will you serve it? `data` was read from it.
 
-    `address`: the client's, which a proxy may have named in bytes that are gone; "" where it is unknown.
+    `address`: the client's, which a proxy may have named in bytes that are gone; "" where it is unknown. `live`: of one
+    whose handshake is over; then `data` is the beginning of a frame.
     """
 
     request: int
     data: bytes
     address: str = ""
+    live: Live | None = None
 
 
 class Accept(Struct, tag="accept", frozen=True):

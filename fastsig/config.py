@@ -128,8 +128,9 @@ class Server:
     )
     moves: bool = _option(
         True,
-        "Move connections after the handshake to the worker that owns their room.",
+        "Move connections that join a room in-band to the worker that owns it.",
         reloads=True,
+        has_effect=True,
     )
     runtime_dir: str = _option(
         "",

@@ -1,9 +1,8 @@
 """The edge: from an accepted socket to a WebSocket that the relay reads and writes, and from its last frame to its end.
 
-A connection begins as `Handshake`, which reads one HTTP request head and answers it: health, a refusal, or 101. For an
-upgrade it lets picows replay a fixed, minimal request against the `Connection` as stand-in transport (which swallows
-the answer), and hands the real transport over: so picows sees no byte that a stranger wrote before the first frame, and
-one strict parser (`read_head`) decides what a request is. `Edge` is what the relay asks of sockets.
+A connection begins as `Handshake`, which reads one HTTP request head and answers it: health, a refusal, or 101. Then
+picows takes over (`adoption`): it sees no byte that a stranger wrote before the first frame, and one strict parser
+(`read_head`) decides what a request is. `Edge` is what the relay asks of sockets.
 
 Must not know: rooms, messages, processes. RFC 9112 §3, §5 and RFC 6455 §4.2 are the rules. Error bodies echo nothing.
 """
@@ -24,17 +23,16 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, Protocol
 from urllib.parse import unquote_to_bytes
 
 import msgspec
-from picows import WSAutoPingStrategy
-from picows.picows import WSProtocol  # type: ignore[attr-defined]  # not in its stub, yet what api.py builds on
 
 from . import logs, metrics
 from ._relay import Connection, Relay, trim
+from .adoption import Adopted, feed, new_websocket
 from .auth import Grant, KeysWanted
 from .config import Config
 from .entrance import Entrance, Guest, reset
@@ -58,7 +56,6 @@ TRIM_S: Final = 10.0
 DISCARDED_AT_ONCE: Final = 65536  # of what comes behind a close; then it rests for ...
 DISCARD_AGAIN_S: Final = 0.05
 REFUSED_S: Final = 1.0  # for the request of one that is refused: it counts nowhere, and has a descriptor
-READ_BUFFER_BYTES: Final = 2048  # per connection at first; picows doubles it with each read that fills it
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 # Each is one pass without a choice to go back to: no head makes them slow.
@@ -66,10 +63,6 @@ _TOKEN: Final = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _REQUEST_LINE: Final = re.compile(rb"(%b) (/[!-~]*) HTTP/(\d\.\d)" % _TOKEN)
 # An empty or odd name is also how white space before the colon and folded lines show (RFC 9112 §5.1, §5.2).
 _HEADER: Final = re.compile(rb"(%b):([^\x00-\x08\x0a-\x1f\x7f]*)" % _TOKEN)
-_REPLAYED: Final = (
-    b"GET / HTTP/1.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
-)
 _RESULTS: Final = metrics.indexes("handshakes_total")
 _BUGS: Final = metrics.index("internal_errors_total")
 _TLS_FAILURES: Final = metrics.index("tls_handshake_failures_total")
@@ -327,33 +320,30 @@ class Door:
         if guest.refusal is not None and guest.refusal.is_deep:
             reset(end)
         else:
-            self._begin(end, guest, pass_on=self.pass_on if self.credentials is None else None)
+            self._begin(end.detach(), guest, partial(self._handshake, guest))
+
+    def _handshake(self, guest: Guest) -> asyncio.BaseProtocol:
+        """One that begins here."""
+        if self.credentials is None:
+            return Handshake(self, guest=guest, pass_on=self.pass_on)
+        return TlsTransport(self.credentials.certificate.context, Handshake(self, guest=guest), self._on_tls_failure)
 
     def take_over(self, fd: int, received: bytes, address: str, *, trace: str | None = None) -> None:
         """Serve what another worker passed on, after it had read so much; takes the descriptor over.
 
         `address`: the client's; `trace`: the traceparent of what that worker did. It is passed to nobody else.
         """
-        self._begin(socket.socket(fileno=fd), self.entrance.take_over(address), received, trace=trace)
+        guest = self.entrance.take_over(address)
+        self._begin(fd, guest, lambda: Handshake(self, received, guest=guest, is_passed=True, trace=trace))
 
-    def _begin(
-        self,
-        end: socket.socket,
-        guest: Guest,
-        received: bytes = b"",
-        *,
-        pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
-        trace: str | None = None,
-    ) -> None:
+    def adopt(self, fd: int, guest: Guest, adopted: Adopted) -> None:
+        """Serve a connection that another worker has served; takes the descriptor over. It ends where that fails."""
+        self._begin(fd, guest, lambda: adopted)
+
+    def _begin(self, fd: int, guest: Guest, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
         loop = asyncio.get_running_loop()
+        end = socket.socket(fileno=fd)
         end.setblocking(False)
-
-        def protocol() -> asyncio.BaseProtocol:
-            handshake = Handshake(self, received, guest=guest, pass_on=pass_on, trace=trace)
-            if self.credentials is None:
-                return handshake
-            return TlsTransport(self.credentials.certificate.context, handshake, self._on_tls_failure)
-
         task = loop.create_task(loop.connect_accepted_socket(protocol, end))
         self._beginning[task] = (end, guest)
         task.add_done_callback(self._on_begun)
@@ -428,10 +418,10 @@ class Handshake(asyncio.Protocol):
     """Reads one request head. Its time-out is the connection's first deadline in the wheel, soon for who is refused.
 
     `received`: what another worker had read from the connection already. `guest`: who it is, as far as that is known.
-    `pass_on`: see `Door`; `trace`: `Door.take_over`.
+    `pass_on`: see `Door`; `is_passed`: another worker did that, so this one does not; `trace`: `Door.take_over`.
     """
 
-    __slots__ = ("_connection", "_door", "_guest", "_pass_on", "_received", "_request", "_transport")
+    __slots__ = ("_connection", "_door", "_guest", "_is_passed", "_pass_on", "_received", "_request", "_transport")
 
     def __init__(
         self,
@@ -440,9 +430,11 @@ class Handshake(asyncio.Protocol):
         *,
         guest: Guest | None = None,
         pass_on: "Callable[[Handshake, str, bytes], bool] | None" = None,
+        is_passed: bool = False,
         trace: str | None = None,
     ) -> None:
         self._guest = guest or Guest("")
+        self._is_passed = is_passed
         self._door = door
         self._received = received
         self._pass_on = pass_on
@@ -529,6 +521,7 @@ class Handshake(asyncio.Protocol):
 
     def let_go(self) -> None:
         """It is another process's connection now: close this descriptor of it."""
+        self._door.relay.count(_RESULTS["passed"])
         self._connection.let_go()
         self._transport.abort()
 
@@ -551,6 +544,8 @@ class Handshake(asyncio.Protocol):
         websocket = new_websocket(connection)
         connection.send_raw(answer)
         connection.open()
+        if self._is_passed:
+            connection.may_move = False
         if is_for_echo:
             connection.echo()
         if grant is not None and self._door.admission is not None:
@@ -560,40 +555,13 @@ class Handshake(asyncio.Protocol):
         if self._request is not None:
             self._request.end(connection, "accepted")
         if tail:
-            _feed(websocket, tail, connection)
+            feed(websocket, tail, connection)
 
     def eof_received(self) -> None:
         """The peer is done before it began: the transport closes itself."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._connection.lost()
-
-
-def new_websocket(connection: Connection) -> Any:
-    """A picows protocol for it that awaits a frame. While it is made, `connection` must be in its handshake."""
-    websocket = WSProtocol(
-        None, None, False, lambda request: connection, picows_log(connection.relay), True, None, False, 20, 20,
-        WSAutoPingStrategy.PING_WHEN_IDLE, False, connection.relay.message_bytes, None, READ_BUFFER_BYTES,
-    )  # fmt: skip
-    websocket.connection_made(connection)
-    _feed(websocket, _REPLAYED, connection)
-    return websocket
-
-
-@lru_cache(maxsize=1)  # a worker has one relay
-def picows_log(relay: Relay) -> "_Silent":
-    """What picows logs to."""
-    return _Silent(relay)
-
-
-def _feed(websocket: Any, data: bytes, connection: Connection) -> None:
-    while data and (connection.is_open or connection.is_shaking):
-        room = websocket.get_buffer(-1)
-        count = min(len(room), len(data))
-        room[:count] = data[:count]
-        room.release()
-        websocket.buffer_updated(count)
-        data = data[count:]
 
 
 def descriptor_limits() -> tuple[int, int]:
@@ -840,23 +808,3 @@ class Edge:
     def drop(self, transport: Any) -> None:
         """Close now. Nothing of ours waits: the relay dropped or sent it."""
         transport.abort()
-
-
-class _Silent:
-    """The logger that picows gets: what it says about a peer, the close code says. Its bugs are ours to hear of."""
-
-    def __init__(self, relay: Relay) -> None:
-        self._relay = relay
-
-    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 (the logging module's name)
-        return False
-
-    def debug(self, *args: object, **kwargs: object) -> None:
-        """Nothing."""
-
-    info = warning = error = log = debug
-
-    def exception(self, message: str, *args: object, **kwargs: object) -> None:
-        """picows met an exception that was not a protocol error."""
-        _log.exception("internal_error", part="picows", what=message)
-        self._relay.count(_BUGS)

@@ -21,7 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 from msgspec import Raw
@@ -44,6 +44,8 @@ from .bus_messages import (
     Kicked,
     Leave,
     Left,
+    Live,
+    Packed,
     Probe,
     Refused,
     Roster,
@@ -72,10 +74,12 @@ _ERRORS: Final = metrics.indexes("errors_total")
 _BUGS: Final = metrics.index("internal_errors_total")
 _REPORTS: Final = metrics.indexes("peer_connection_reports_total")
 _SETUP_SECONDS: Final = metrics.histogram("peer_connection_setup_seconds")
+_MOVES: Final = metrics.indexes("moves_total")
+_MOVE_SECONDS: Final = metrics.histogram("move_seconds")
 _UNDECIDED: Final = Join(0, "", "", Raw(protocol.NULL))
 
 
-class _Request:
+class Request:
     """A hello, join or refresh on its way to an answer. Most of what may come to it on the way does not."""
 
     grant: Grant | None = None
@@ -84,13 +88,16 @@ class _Request:
     is_held: bool = False
     cancel: Callable[[], None] | None = None  # of what it waits for
     owner: Neighbour | None = None  # that was asked
-    room: Room | None = None  # of that owner: kept, since its roster may be that of this one
+    pinned: Room | None = None  # of that owner: kept, since its roster may be that of this one
+    began_at: float = 0.0  # of its move
 
-    def __init__(self, number: int, connection: Connection, message: Message, payload: protocol.JoinPayload,
-                 now: float) -> None:  # fmt: skip
+    def __init__(self, number: int, connection: Connection, room: str | None, id: str | None, sender: str | None,
+                 payload: protocol.JoinPayload, now: float) -> None:  # fmt: skip
         self.number = number
         self.connection = connection
-        self.message = message
+        self.room = room
+        self.id = id
+        self.sender = sender
         self.payload = payload
         self.until = now + DECISION_S
         self.read_at = connection.read_at or now
@@ -98,6 +105,9 @@ class _Request:
     def replace_meta(self, meta: bytes) -> None:
         """What the peer says of itself."""
         self.join = msgspec.structs.replace(self.join, meta=Raw(meta))
+
+
+_Asked: TypeAlias = Message | Request  # what names a room, and what an answer is to echo
 
 
 class _Kick(NamedTuple):
@@ -121,9 +131,18 @@ class _Asker(Protocol):
     def ask(self, question: Question, done: Callable[[Decision], None]) -> _Asking: ...
 
 
-class _Tracer(Protocol):
-    """What `tracing` hears from here. A join ends by the first `joined`, `refused`, `failed` or `withdrawn`."""
+class _Mover(Protocol):
+    """`passing.Passing`."""
 
+    def move(self, request: Request, owner: Neighbour) -> None: ...
+
+
+class _Tracer(Protocol):
+    """What `tracing` hears from here. A join ends by the first of `joined`, `refused`, `failed`, `withdrawn`, `moved`."""
+
+    def adopt(self, connection: Connection, trace: str | None) -> None: ...
+    def moving(self, connection: Connection, result: str, began: float) -> str: ...
+    def moved(self, connection: Connection) -> None: ...
     def join(self, connection: Connection, trace: str | None) -> None: ...
     def joined(self, connection: Connection) -> None: ...
     def withdrawn(self, connection: Connection) -> None: ...
@@ -153,13 +172,14 @@ class Hub:
         )  # fmt: skip
         self.tracer: _Tracer | None = None
         self.asker: _Asker | None = None
+        self.mover: _Mover | None = None  # None: connections stay where they are
         self._relay = relay
         self._limits = limits
         self._place = place
         self._clock = clock
         self._unix_clock = unix_clock
         self._neighbours: dict[Address, Neighbour] = {}
-        self._requests: dict[int, _Request] = {}  # by the number of the join, the oldest first
+        self._requests: dict[int, Request] = {}  # by the number of the join, the oldest first
         self._asking: dict[Connection, int] = {}  # the same by the connection: it has one at a time
         self._kicks: dict[int, _Kick] = {}
         self._left: deque[tuple[float, Neighbour, Member]] = deque()  # members whom errors may come for yet
@@ -232,11 +252,11 @@ class Hub:
                 raise ProtocolError("token_expired")
             handler(connection, message)
         except ProtocolError as refusal:
-            self._refuse_message(connection, message, refusal.entry.code, refusal.after_ms)
+            self._refuse_asked(connection, message, refusal.entry.code, refusal.after_ms)
 
-    def _refuse_message(self, connection: Connection, message: Message, code: str, after_ms: int | None) -> None:
+    def _refuse_asked(self, connection: Connection, asked: _Asked, code: str, after_ms: int | None) -> None:
         """A token that is over when it is shown first ends the connection (PROTOCOL §3.4, Expiry)."""
-        self.refuse(connection, code, message.room, message.id, None, after_ms)
+        self.refuse(connection, code, asked.room, asked.id, None, after_ms)
         if code == "token_expired" and grant_of(connection) is None:
             connection.send_close(CloseCode.TOKEN_EXPIRED, "lost")
 
@@ -325,12 +345,12 @@ class Hub:
         request = self._request(connection, message, protocol.JoinPayload(token=hello.token))
         self._identify(request, partial(self._welcome, caps=protocol.CAPS.intersection(hello.caps or ())))
 
-    def _welcome(self, request: _Request, caps: frozenset[str]) -> None:
+    def _welcome(self, request: Request, caps: frozenset[str]) -> None:
         """One without a token, where tokens are required, decides nothing: the join must bring it."""
         connection, grant, record = request.connection, request.grant, record_of(request.connection)
         peer = None
         if grant is not None or not self.admission.is_required:
-            peer = self.admission.peer(connection, grant, request.message.sender)
+            peer = self.admission.peer(connection, grant, request.sender)
             request.join = msgspec.structs.replace(_UNDECIDED, peer=peer)
             self._settle(request)
         record.said_hello = True
@@ -344,11 +364,13 @@ class Hub:
         payload = protocol.WelcomePayload(
             caps=sorted(caps), limits=granted, version=__version__, server_time=self._unix_clock()
         )
-        connection.send(protocol.Welcome(sender=peer, payload=payload, id=request.message.id).encode())
+        connection.send(protocol.Welcome(sender=peer, payload=payload, id=request.id).encode())
         self._end(request)
 
-    def _request(self, connection: Connection, message: Message, payload: protocol.JoinPayload) -> _Request:
-        return _Request(next(self._numbers), connection, message, payload, self._clock())
+    def _request(self, connection: Connection, message: Message, payload: protocol.JoinPayload) -> Request:
+        return Request(
+            next(self._numbers), connection, message.room, message.id, message.sender, payload, self._clock()
+        )  # fmt: skip
 
     def _join(self, connection: Connection, message: Message) -> None:
         name = _room_of(message)
@@ -369,12 +391,12 @@ class Hub:
         self.admission.take_join(connection, request.until - DECISION_S)  # a signature costs as much
         self._identify(request, self._refreshed)
 
-    def _refreshed(self, request: _Request) -> None:
+    def _refreshed(self, request: Request) -> None:
         connection, grant = request.connection, request.grant
         assert grant is not None  # a token was shown
         self._adopt(connection, grant)
         life = protocol.Life(self.admission.lasts_s(grant))
-        connection.send(protocol.Refreshed(payload=life, id=request.message.id).encode())
+        connection.send(protocol.Refreshed(payload=life, id=request.id).encode())
         self._end(request)
 
     def _kick(self, connection: Connection, message: Message) -> None:
@@ -442,7 +464,7 @@ class Hub:
 
     # ---- joins, and whatever else a token is shown with
 
-    def _identify(self, request: _Request, then: Callable[[_Request], None]) -> None:
+    def _identify(self, request: Request, then: Callable[[Request], None]) -> None:
         """Go on with `then` once its token is known to be good. Raises ProtocolError."""
         try:
             request.grant = self.admission.shown(request.connection, request.payload.token)
@@ -463,12 +485,12 @@ class Hub:
         if 0 < limit <= len(memberships) and self.admission.hits(connection, "rooms_per_connection"):
             raise ProtocolError("too_many_rooms")
 
-    def _authorize(self, request: _Request) -> None:
+    def _authorize(self, request: Request) -> None:
         """A join: is it granted, by the token and, where there is one, by the webhook?"""
-        grant, payload, name = request.grant, request.payload, _room_of(request.message)
+        grant, payload, name = request.grant, request.payload, _room_of(request)
         if grant is None and self.admission.is_required:
             raise ProtocolError("unauthorized")
-        peer = self.admission.peer(request.connection, grant, request.message.sender)
+        peer = self.admission.peer(request.connection, grant, request.sender)
         if grant is not None and not grant.grants(name, "join"):
             raise ProtocolError("forbidden")
         request.join = Join(
@@ -488,7 +510,7 @@ class Hub:
             self._hold(request)
             request.cancel = asked.cancel
 
-    def _question(self, request: _Request) -> Question:
+    def _question(self, request: Request) -> Question:
         grant, join = request.grant, request.join
         return Question(
             id=f"{self._name(request.connection)}.{request.number}", room=join.room, peer=join.peer,
@@ -496,12 +518,12 @@ class Hub:
             address=request.connection.address, meta=join.meta,
         )  # fmt: skip
 
-    def _on_decided(self, request: _Request, decision: Decision) -> None:
+    def _on_decided(self, request: Request, decision: Decision) -> None:
         request.decision = decision
         if request.cancel is not None:  # else it was known, and whoever asked goes on
             self._go_on(request, self._comply)
 
-    def _comply(self, request: _Request) -> None:
+    def _comply(self, request: Request) -> None:
         """The webhook has spoken."""
         decision = request.decision
         assert decision is not None  # it has
@@ -513,9 +535,14 @@ class Hub:
             request.join = msgspec.structs.replace(request.join, max_peers=decision.max_peers)
         self._place_in_room(request)
 
-    def _place_in_room(self, request: _Request) -> None:
-        owner = self.owner(request.join.room)
-        if owner is not None:
+    def _place_in_room(self, request: Request) -> None:
+        owner, connection = self.owner(request.join.room), request.connection
+        if owner is not None and self.mover is not None and connection.may_move and owner.is_open:
+            connection.may_move = False
+            request.began_at = self._clock()
+            self._hold(request)
+            self.mover.move(request, owner)
+        elif owner is not None:
             self._ask(owner, request)
         elif self.rooms.is_gathering:
             self._hold(request)
@@ -523,19 +550,19 @@ class Hub:
         else:
             self._join_here(request)
 
-    def _join_here(self, request: _Request) -> None:
+    def _join_here(self, request: Request) -> None:
         if self.rooms.is_draining:  # since it was read
             raise ProtocolError("draining")
         self.rooms.check(request.join)
         self._settle(request)
         member = self.rooms.add(request.join, request.connection)
         peers = self.rooms.peers_of(member)
-        self._send_joined(member, peers, request.message.id)
+        self._send_joined(member, peers, request.id)
         said = self.rooms.introduce(member, request.join.trace)
         request.connection.charge(said * len(peers))
         self._end(request)
 
-    def _settle(self, request: _Request) -> None:
+    def _settle(self, request: Request) -> None:
         """A hello or join succeeded: the connection has its id and its rights, and may stay."""
         connection, decision = request.connection, request.decision
         if connection.peer is None:
@@ -565,12 +592,12 @@ class Hub:
         if self.tracer is not None:
             self.tracer.joined(connection)
 
-    def _ask(self, owner: Neighbour, request: _Request) -> None:
+    def _ask(self, owner: Neighbour, request: Request) -> None:
         if owner.link is None:
             raise ProtocolError("backend_unavailable")
         self._hold(request)
         request.owner = owner
-        request.room = self._relay.pin(request.join.room, owner)
+        request.pinned = self._relay.pin(request.join.room, owner)
         owner.say(encode(request.join))
 
     def _on_admitted(self, owner: Neighbour, word: Admitted) -> None:
@@ -594,7 +621,7 @@ class Hub:
             protocol.RosterEntry(other.peer, other.n, other.meta, shows_proof and other.proof is not None)
             for other in sorted(room.roster.values(), key=_ordinal)
         ]
-        self._send_joined(member, peers, request.message.id)
+        self._send_joined(member, peers, request.id)
         request.connection.charge((PRESENCE_BYTES + len(member.meta)) * len(room.roster))
         room.roster[member.n] = Entry(member.name, member.n, join.meta, join.proof)
         self._release(request)
@@ -608,15 +635,18 @@ class Hub:
 
     # ---- what waits for a decision
 
-    def _hold(self, request: _Request) -> None:
+    def _hold(self, request: Request) -> None:
         """What its connection says from here on waits. It may be held at one stage after the other."""
         if not request.is_held:
-            request.is_held = True
             request.connection.wait()
-            self._asking[request.connection] = request.number
-            self._requests[request.number] = request
+            self._enter(request)
 
-    def _go_on(self, request: _Request, step: Callable[[_Request], None]) -> None:
+    def _enter(self, request: Request) -> None:
+        request.is_held = True
+        self._asking[request.connection] = request.number
+        self._requests[request.number] = request
+
+    def _go_on(self, request: Request, step: Callable[[Request], None]) -> None:
         """What was held goes on, unless it was withdrawn meanwhile."""
         if request.number not in self._requests:
             return
@@ -627,22 +657,22 @@ class Hub:
             self._pop(request.number)
             self._give_up(request, refusal.entry.code, refusal.after_ms)
 
-    def _end(self, request: _Request) -> None:
+    def _end(self, request: Request) -> None:
         """It is answered: what waits behind it, if it had to wait, is handled."""
         if request.is_held and self._pop(request.number) is not None:
             request.connection.proceed()
 
-    def _pop(self, number: int) -> _Request | None:
+    def _pop(self, number: int) -> Request | None:
         request = self._requests.pop(number, None)
         if request is not None:
             del self._asking[request.connection]
         return request
 
-    def _release(self, request: _Request) -> None:
-        if request.room is not None:
-            self._relay.unpin(request.room)
+    def _release(self, request: Request) -> None:
+        if request.pinned is not None:
+            self._relay.unpin(request.pinned)
 
-    def _withdraw(self, number: int) -> _Request:
+    def _withdraw(self, number: int) -> Request:
         """Decided or not, it comes to nothing."""
         request = self._requests.pop(number)
         del self._asking[request.connection]
@@ -653,8 +683,8 @@ class Hub:
             request.owner.say(encode(Withdraw(number, request.join.room, request.join.peer)))
         return request
 
-    def _give_up(self, request: _Request, code: str, after_ms: int | None = None) -> None:
-        self._refuse_message(request.connection, request.message, code, after_ms)
+    def _give_up(self, request: Request, code: str, after_ms: int | None = None) -> None:
+        self._refuse_asked(request.connection, request, code, after_ms)
         request.connection.proceed()
 
     def tick(self, now: float) -> None:
@@ -671,6 +701,66 @@ class Hub:
         while self._left and self._left[0][0] <= now:
             _, owner, member = self._left.popleft()
             owner.forget(member)
+
+    # ---- connections that move to the owner of the room that they join, for `mover`
+
+    def is_undecided(self, request: Request) -> bool:
+        """Or was it withdrawn, or answered, meanwhile?"""
+        return request.number in self._requests
+
+    def pack(self, request: Request) -> Live | None:
+        """All that is known of its connection, from which nothing more is read; None: that is not fit to move."""
+        connection, join = request.connection, request.join
+        if any(kick.connection is connection for kick in self._kicks.values()):  # the answer comes here
+            return None
+        packed = connection.pack()
+        if packed is None:
+            return None
+        grant = None if request.grant is grant_of(connection) else request.grant
+        standing = self.admission.pack(connection)
+        return Live(Packed(**packed), standing, join, request.id, grant, request.decision)
+
+    def trace_move(self, request: Request, result: str) -> str | None:
+        """`result`: one of `metrics.MOVES`. The traceparent to go on with, where there is one."""
+        return None if self.tracer is None else self.tracer.moving(request.connection, result, request.began_at)
+
+    def let_go(self, request: Request) -> None:
+        """Its connection is another worker's."""
+        self._pop(request.number)
+        self._relay.count(_MOVES["moved"])
+        self._relay.observe(_MOVE_SECONDS, self._clock() - request.began_at)
+        if self.tracer is not None:
+            self.tracer.moved(request.connection)
+
+    def stay(self, request: Request, owner: Neighbour, result: str) -> None:
+        """Its connection does not move, for this reason: the owner decides about a peer that is elsewhere."""
+        self._relay.count(_MOVES[result])
+        self.trace_move(request, result)
+        self._go_on(request, partial(self._ask, owner))
+
+    def unpack(self, connection: Connection, live: Live) -> None:
+        """One comes from another worker; before its relay's part."""
+        self.admission.unpack(connection, live.standing)
+
+    def adopt(self, connection: Connection, live: Live, trace: str | None) -> None:
+        """It is here. Its join goes on as if it had been read here."""
+        if not connection.is_open:
+            return
+        if self.tracer is not None:
+            self.tracer.adopt(connection, trace)
+            self.tracer.join(connection, None)
+        join = live.join
+        request = Request(
+            next(self._numbers), connection, join.room, live.id, None, protocol.JoinPayload(), self._clock()
+        )  # fmt: skip
+        request.grant = grant_of(connection) if live.grant is None else live.grant
+        request.decision = live.decision
+        request.join = msgspec.structs.replace(join, request=request.number)
+        self._enter(request)
+        if request.grant is not None and self.admission.is_revoked(request.grant):  # on the way
+            connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
+        else:
+            self._go_on(request, self._place_in_room)
 
     # ---- kicks
 
@@ -868,10 +958,10 @@ def _check_sender(connection: Connection, sender: str | None) -> None:
         raise ProtocolError("identity_mismatch")
 
 
-def _room_of(message: Message) -> str:
-    if message.room is None:
+def _room_of(asked: _Asked) -> str:
+    if asked.room is None:
         raise ProtocolError("bad_message")
-    return message.room
+    return asked.room
 
 
 def _recipient_of(message: Message) -> str:

@@ -72,6 +72,7 @@ EVENTS: Final[dict[str, str]] = {
     " `serial` holds, and they are tried every 30 s.",
     "tls_failed": "TLS with a peer ended, for `reason`: in its handshake, if `is_handshake`. Said at debug level.",
     "cannot_watch": "Full sockets cannot be watched, for `reason`: they are tried four times a second until they can.",
+    "cannot_move": "Connections that join in-band stay where they are (docs/moves.md), for `reason`.",
     # tokens
     "keys_not_fetched": "The keys of the issuer at `host` could not be had, for `reason`: those known serve on.",
     # the webhook

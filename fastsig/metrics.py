@@ -36,6 +36,7 @@ SENT_TYPES: Final = (
     "go-away", "kicked", "refreshed", "token-expiring", "other",
 )  # fmt: skip
 ROOM_SIZES: Final = ("1", "2", "3-4", "5-8", "9-16", "17-32", "33-64", "65-128", "129-256", "257-512", "513+")
+MOVES: Final = ("moved", "refused", "taken_back", "unfit")
 HANDSHAKES: Final = ("accepted", "passed", *HTTP_STATUS, "timeout", "gone")
 LIMITS: Final = (
     "messages_per_s", "bytes_per_s", "fanout_bytes_per_s", "joins_per_s", "turn", "rooms_per_connection", "rooms",
@@ -176,6 +177,18 @@ FAMILIES: Final = (
     # between workers
     Family("bus_sent_bytes_total", "counter", "Said to other workers."),
     Family("bus_received_bytes_total", "counter", "Heard from other workers."),
+    Family(
+        "moves_total", "counter",
+        "Connections at their first join, where another worker of this host owns the room: moved to that, refused by it"
+        " (it drains, or is full), taken_back (it was silent, or the way to it was lost), unfit (in the midst of a"
+        " message or of output). Those that did not move are relayed across workers.",
+        *_each(("result", MOVES)),
+    ),
+    Family(
+        "move_seconds", "histogram",
+        "From when a join was found to be for another worker until its connection was handed over to that.",
+        bounds=_FAST, scale=NANO,
+    ),
     Family("links_reset_total", "counter", "Ways to another worker that one broke off: too much was waiting."),
     Family("worker_restarts_total", "counter", "Workers started in place of one that had ended.", is_by_worker=True),
     Family(

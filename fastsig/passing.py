@@ -1,40 +1,72 @@
-"""A connection that names a room in its URL goes to the worker that owns it, before its request is answered.
+"""A connection goes to the worker that owns its room: before its request is answered, or live, at its first join.
 
-The accepting worker has read the request head when it knows the room: it stops reading, and offers the descriptor
-together with what it has read. Nothing is lost thereby, and no byte is peeked at and read again: a connection that
-names no room costs nothing here.
+*Passed*: it names a room in its URL. The accepting worker has read the request head when it knows the room: it stops
+reading, and offers the descriptor together with what it has read. *Moved*: it joins in-band. The worker that it is at
+has said who it is and that it may join, and lets the owner of the room decide about the join with the connection in its
+hands: with the descriptor goes all that is known of it (`bus_messages.Live`). Nothing is peeked at and read again.
 
 Invariant: at no time do two processes read or write one connection. The other worker touches it only after `Confirm`,
-which the offering one sends only while it still holds the connection unanswered. So an answer that comes too late, or
-never, is harmless: the connection is served where it was accepted. A passed connection is never passed again. A worker
-that owes an answer for longer than `ANSWER_S` is offered nothing more until it gives it: what lies in its queue is a
-copy that keeps a connection open, and one of the descriptors that this user may have on their way.
+which the offering one sends only while it still holds the connection as it was when it was offered. So an answer that
+comes too late, or never, is harmless: the connection is served where it is, and whatever the fate of the way between
+the two, it is never unknown to the offering one whose the connection is. It is passed on or moved once. A worker that
+owes an answer for longer than `ANSWER_S` is offered nothing more until it gives it: what lies in its queue is a copy
+that keeps a connection open, and one of the descriptors that this user may have on their way.
 
-Must not know: what is in a request. Read `connection` for `Handshake`, `bus_messages` for what the two workers say.
+Must not know: what is in a request or a message. Read `connection` for `Handshake`, `adoption` for how a connection
+goes on, `bus_messages` for what the two workers say.
 """
 
 import asyncio
 import itertools
 import os
-from typing import Final
+from collections import deque
+from functools import partial
+from typing import Final, NamedTuple, Protocol
 
-from . import metrics
-from ._relay import Neighbour, Relay
-from .bus_messages import Accept, Confirm, Offer, encode
+from . import adoption, faults, logs
+from ._relay import Connection, Neighbour, Relay
+from .bus import PACKET_BYTES
+from .bus_messages import Accept, Confirm, Live, Offer, encode
 from .connection import Door, Handshake, descriptor_limits
-from .hub import Hub
+from .entrance import Guest
+from .errors import CloseCode
+from .hub import Hub, Request
+
+_RESULTS: Final = {"passed": "moved", "declined": "refused", "silent": "taken_back", "lost": "taken_back"}
+
+_log = logs.get("fastsig.passing")
 
 ANSWER_S: Final = 0.25  # then it is served here (ARCHITECTURE §1)
-OFFERS: Final = 64  # undecided at once; what is above is served where it was accepted
+OFFERS: Final = 64  # undecided at once; of passed ones what is above is served where it was accepted, moves wait
 OFFERED: Final = 1024  # the same on the other side, over all workers
+PATIENCE_S: Final = 1.0  # of a connection that waits until it may be offered
+WORD_BYTES: Final = PACKET_BYTES - 16  # a longer word goes in no packet with a descriptor
+AGAIN_S: Final = 0.005  # from a full way to the next attempt
 
-_PASSED: Final = metrics.index("handshakes_total", "passed")
+
+class _Offered(Protocol):
+    """What is offered: a `Handshake`, or a `_Departure`."""
+
+    @property
+    def is_waiting(self) -> bool: ...
+    def fileno(self) -> int: ...
+    def trace_pass(self, result: str) -> str | None: ...
+    def let_go(self) -> None: ...
+    def serve(self) -> None: ...
+
+
+class _Given(NamedTuple):
+    """What was offered to us. `guest`: that of a live one, which is counted from here on."""
+
+    fd: int
+    offer: Offer
+    guest: Guest | None
 
 
 class Passing:
-    """Both sides of it, for one worker."""
+    """Both sides of it, for one worker. `may_move`: may live connections move?"""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, relay: Relay, hub: Hub, door: Door) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, relay: Relay, hub: Hub, door: Door, *, may_move: bool) -> None:
         self.arrived: list[int] = []  # the descriptors of the packet that is being read
         self._loop = loop
         self._relay = relay
@@ -42,35 +74,97 @@ class Passing:
         self._door = door
         self._numbers = itertools.count(1)
         self._ceiling = descriptor_limits()[1]
-        self._offers: dict[int, tuple[Neighbour, Handshake, asyncio.TimerHandle]] = {}
+        self._offers: dict[int, tuple[Neighbour, _Offered, asyncio.TimerHandle]] = {}
         self._silent: dict[Neighbour, int] = {}  # offers that it has left unanswered
-        self._offered: dict[tuple[Neighbour, int], tuple[int, Offer]] = {}
+        self._offered: dict[tuple[Neighbour, int], _Given] = {}
+        self._queue: deque[_Departure] = deque()  # live ones that are to be offered
+        self._is_due = False  # will the queue be looked at?
+        self._unread_at = adoption.find_unread(relay)
+        if self._unread_at is None:
+            _log.error("cannot_move", reason="this release of picows is made otherwise")
         door.pass_on = self.offer
         hub.handle(Offer, self._on_offer)
         hub.handle(Accept, self._on_accept)
         hub.handle(Confirm, self._on_confirm)
+        self.configure(may_move=may_move)
+
+    def configure(self, *, may_move: bool) -> None:
+        """`server.moves`."""
+        self._hub.mover = self if may_move and self._unread_at is not None else None
+
+    def stats(self) -> dict[str, int]:
+        """How long its tables are, by name."""
+        return {"offers": len(self._offers), "offered": len(self._offered), "moves_waiting": len(self._queue)}
 
     def on_lost(self, neighbour: Neighbour) -> None:
         """Nothing was confirmed to us that we have not heard; what we have not confirmed is ours."""
         self._silent.pop(neighbour, None)
         for key in [key for key in self._offered if key[0] is neighbour]:
-            os.close(self._offered.pop(key)[0])
+            _decline(self._offered.pop(key))
         for number in [number for number, offer in self._offers.items() if offer[0] is neighbour]:
             self._serve_here(number, "lost")
 
-    # ---- the worker that accepted it
+    # ---- the worker that has it
 
     def offer(self, handshake: Handshake, room: str, received: bytes) -> bool:
         """Ask the owner of the room to serve it. False when there is nobody to ask: serve it at once."""
         owner = self._hub.owner(room)
-        if owner is None or not owner.is_open or not owner.link.is_local:
+        if owner is None or not self._is_to_be_asked(owner) or len(self._offers) >= OFFERS:
             return False
-        if owner in self._silent or len(self._offers) >= OFFERS:
+        return self._offer(owner, handshake, Offer(next(self._numbers), received, handshake.address))
+
+    def move(self, request: Request, owner: Neighbour) -> None:
+        """Have the owner of the room decide about this join, as the one that has its connection, if that can be."""
+        self._queue.append(_Departure(self._hub, request, owner, self._loop.time() + PATIENCE_S))
+        self._look_soon()
+
+    def _look_soon(self, delay_s: float = 0.0) -> None:
+        """Not at once: picows is handing out what it has read of the connection."""
+        if self._queue and not self._is_due:
+            self._is_due = True
+            self._loop.call_later(delay_s, self._on_due)
+
+    def _on_due(self) -> None:
+        """Each once; those whose way is full come again."""
+        self._is_due = False
+        for _ in range(len(self._queue)):
+            if len(self._offers) >= OFFERS:
+                return
+            departure = self._queue.popleft()
+            if self._hub.is_undecided(departure.request) and not self._set_off(departure):
+                self._queue.append(departure)
+        self._look_soon(AGAIN_S)
+
+    def _set_off(self, departure: "_Departure") -> bool:
+        """False: the way to the owner is full for the moment."""
+        owner, connection = departure.owner, departure.connection
+        if not self._is_to_be_asked(owner) or self._loop.time() > departure.until:
+            departure.stay("taken_back")
+            return True
+        live = self._hub.pack(departure.request)
+        if live is None:
+            departure.stay("unfit")
+            return True
+        unread = adoption.unread(connection.transport.get_protocol(), self._unread_at or 0)
+        offer = Offer(next(self._numbers), unread, connection.address, live)
+        faults.point("offer-unsaid")
+        if self._offer(owner, departure, offer):
+            return True
+        connection.stay()
+        if len(encode(offer)) > WORD_BYTES:
+            departure.stay("unfit")
+            return True
+        return False
+
+    def _is_to_be_asked(self, owner: Neighbour) -> bool:
+        return owner.is_open and owner.link.is_local and owner not in self._silent
+
+    def _offer(self, owner: Neighbour, offered: _Offered, offer: Offer) -> bool:
+        if not owner.say_now(encode(offer), (offered.fileno(),)):
             return False
-        number = next(self._numbers)
-        if not owner.say_now(encode(Offer(number, received, handshake.address)), (handshake.fileno(),)):
-            return False
-        self._offers[number] = (owner, handshake, self._loop.call_later(ANSWER_S, self._on_silence, number))
+        faults.point("offer-said")
+        timer = self._loop.call_later(ANSWER_S, self._on_silence, offer.request)
+        self._offers[offer.request] = (owner, offered, timer)
         return True
 
     def _on_silence(self, number: int) -> None:
@@ -79,21 +173,31 @@ class Passing:
         self._serve_here(number, "silent")
 
     def _on_accept(self, owner: Neighbour, word: Accept) -> None:
+        faults.point("accept-heard")
         offer = self._offers.get(word.request)
-        is_yours = word.is_willing and offer is not None and offer[1].is_waiting
-        if word.is_willing:
-            trace = offer[1].trace_pass("passed") if offer is not None and is_yours else None
-            owner.say(encode(Confirm(word.request, is_yours, trace)))
         if offer is None:
             self._forgive(owner)
-            return
-        if is_yours:
+        elif word.is_willing and self._hand_over(owner, word.request, offer[1]):
             del self._offers[word.request]
             offer[2].cancel()
-            offer[1].let_go()
-            self._relay.count(_PASSED)
+            self._look_soon()
+            return
         else:
             self._serve_here(word.request, "declined")
+        if word.is_willing:
+            owner.say(encode(Confirm(word.request, is_yours=False)))
+
+    def _hand_over(self, owner: Neighbour, number: int, offered: _Offered) -> bool:
+        """It is the owner's from the moment that this is on its way; if that cannot be now, it stays."""
+        if not offered.is_waiting:
+            return False
+        word = Confirm(number, is_yours=True, trace=offered.trace_pass("passed"))
+        if not owner.say_now(encode(word), ()):
+            return False
+        faults.point("confirm-said")
+        offered.let_go()
+        faults.point("let-go")
+        return True
 
     def _forgive(self, owner: Neighbour) -> None:
         """One answer that came late. When all have come it may be asked again."""
@@ -102,24 +206,99 @@ class Passing:
             self._silent[owner] = left
 
     def _serve_here(self, number: int, reason: str) -> None:
-        _, handshake, timer = self._offers.pop(number)
+        _, offered, timer = self._offers.pop(number)
         timer.cancel()
-        if handshake.is_waiting:
-            handshake.trace_pass(reason)
-            handshake.serve()
+        if offered.is_waiting:
+            offered.trace_pass(reason)
+        offered.serve()
+        self._look_soon()
 
     # ---- the worker that owns the room
 
     def _on_offer(self, neighbour: Neighbour, word: Offer) -> None:
+        faults.point("offer-heard")
         has_room = bool(self.arrived) and self.arrived[0] < self._ceiling and len(self._offered) < OFFERED
+        guest = None
         is_willing = has_room and self._door.is_ready
+        if is_willing and word.live is not None:
+            guest = self._door.entrance.take_over(word.address)
+            is_willing = guest.refusal is None
         if is_willing:
-            self._offered[neighbour, word.request] = (self.arrived.pop(), word)
+            self._offered[neighbour, word.request] = _Given(self.arrived.pop(), word, guest)
         neighbour.say(encode(Accept(word.request, is_willing)))
+        faults.point("accept-said")
 
     def _on_confirm(self, neighbour: Neighbour, word: Confirm) -> None:
-        fd, offer = self._offered.pop((neighbour, word.request))
-        if word.is_yours:
-            self._door.take_over(fd, offer.data, offer.address, trace=word.trace)
+        faults.point("confirm-heard")
+        given = self._offered.pop((neighbour, word.request))
+        if not word.is_yours:
+            _decline(given)
+        elif given.guest is None or given.offer.live is None:
+            self._door.take_over(given.fd, given.offer.data, given.offer.address, trace=word.trace)
         else:
-            os.close(fd)
+            self._adopt(given.fd, given.guest, given.offer.live, given.offer.data, word.trace)
+
+    def _adopt(self, fd: int, guest: Guest, live: Live, data: bytes, trace: str | None) -> None:
+        connection = Connection(self._relay)
+        connection.lease = guest
+        connection.address = guest.address
+        self._hub.unpack(connection, live)
+        then = partial(self._on_adopted, live=live, trace=trace)
+        self._door.adopt(fd, guest, adoption.Adopted(connection, live.packed, data, then))
+
+    def _on_adopted(self, connection: Connection, live: Live, trace: str | None) -> None:
+        faults.point("adopted")
+        self._hub.adopt(connection, live, trace)
+        if not self._door.is_ready:  # a drain has begun on the way, and does not know of it
+            connection.send_close(CloseCode.DRAIN)
+        faults.point("joined")
+
+
+class _Departure:
+    """A live connection that is to move; offered with the manners of a `Handshake`."""
+
+    def __init__(self, hub: Hub, request: Request, owner: Neighbour, until: float) -> None:
+        self.request = request
+        self.owner = owner
+        self.until = until  # it waits so long to be offered, in seconds of the loop
+        self.connection: Final = request.connection
+        self._hub = hub
+        self._result = ""
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is it as it was offered?"""
+        return self.connection.is_packed and self._hub.is_undecided(self.request)
+
+    def fileno(self) -> int:
+        """The socket's. It stays the transport's."""
+        fd: int = self.connection.transport.get_extra_info("socket").fileno()
+        return fd
+
+    def trace_pass(self, result: str) -> str | None:
+        """What comes of the offer."""
+        self._result = _RESULTS[result]
+        return self._hub.trace_move(self.request, self._result) if result == "passed" else None
+
+    def let_go(self) -> None:
+        """It is another process's connection now: close this descriptor of it."""
+        transport = self.connection.transport
+        self._hub.let_go(self.request)
+        self.connection.let_go()
+        transport.abort()
+
+    def serve(self) -> None:
+        """It is ours after all."""
+        self.connection.stay()
+        self.stay(self._result)
+
+    def stay(self, result: str) -> None:
+        """It is not offered any more; `result`: why."""
+        if self._hub.is_undecided(self.request):
+            self._hub.stay(self.request, self.owner, result)
+
+
+def _decline(given: _Given) -> None:
+    os.close(given.fd)
+    if given.guest is not None:
+        given.guest.end()

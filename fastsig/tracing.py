@@ -141,6 +141,28 @@ class Tracer:
         )
         traced.latest = traced.join.get_span_context()
 
+    def moving(self, connection: _Connection, result: str, began: float) -> str:
+        """Its join was to go on with the connection in another worker, since then (monotonic seconds); what became of
+        that. The traceparent to go on with there."""
+        traced: _Traced = connection.trace
+        parent = traced.handshake if traced.join is None else traced.join.get_span_context()
+        began_ns = int(1e9 * (began + time.time() - time.monotonic()))
+        span = self.span("move", _within(parent), began_ns=began_ns, connection=traced.name, result=result)
+        span.end()
+        return _traceparent(span.get_span_context())
+
+    def moved(self, connection: _Connection) -> None:
+        """It is there."""
+        self._end_join(connection.trace, "moved")
+
+    def adopt(self, connection: _Connection, trace: str | None) -> None:
+        """It has come from another worker, whose traceparent this is."""
+        before = None if trace is None else read_traceparent(trace)
+        parent = _NOWHERE if before is None else _within(_remote(before, is_recorded=before.is_sampled))
+        span = self.span("adopt", parent)
+        span.set_attribute("fastsig.connection", self.accept(connection, span.get_span_context()))
+        span.end()
+
     def joined(self, connection: _Connection) -> None:
         """The peer heard that it is in."""
         self._end_join(connection.trace, "joined")
@@ -217,7 +239,7 @@ class Tracer:
     def _end_join(self, traced: _Traced | None, result: str) -> None:
         if traced is not None and traced.join is not None:
             traced.join.set_attribute("fastsig.result", result)
-            if result not in {"joined", "withdrawn"}:
+            if result not in {"joined", "withdrawn", "moved"}:
                 traced.join.set_status(Status(StatusCode.ERROR))
             traced.join.end()
             traced.join = None
@@ -246,7 +268,7 @@ class Request:
         span.end()
         context = span.get_span_context()
         self._parent = _within(context)
-        return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+        return _traceparent(context)
 
     def end(self, connection: _Connection, result: str) -> None:
         """`result`: accepted, or the code of the refusal."""
@@ -351,6 +373,10 @@ class _Exporter(SpanExporter):
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         return True
+
+
+def _traceparent(context: SpanContext) -> str:
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
 
 
 def _remote(parent: Traceparent, *, is_recorded: bool) -> SpanContext:

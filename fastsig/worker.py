@@ -175,7 +175,7 @@ class Worker:
         self._credentials = tls.Credentials(boot.config.server) if boot.config.server.tls_cert else None
         self.door.credentials = self._credentials
         self.door.admission = self.hub.admission
-        self._passing = Passing(loop, self.relay, self.hub, self.door)
+        self._passing = Passing(loop, self.relay, self.hub, self.door, may_move=boot.config.server.moves)
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer
         self._mesh = Mesh(loop, self)
@@ -306,7 +306,7 @@ class Worker:
 
     def _stats(self) -> dict[str, int]:
         tables = {"calls_watched": len(self._calls), "tasks": len(asyncio.all_tasks()), "unsaid": len(self._unsaid)}
-        return self.relay.stats() | self.hub.stats() | self._asker.stats() | tables
+        return self.relay.stats() | self.hub.stats() | self._passing.stats() | self._asker.stats() | tables
 
     # ---- what the mesh calls
 
@@ -351,6 +351,7 @@ class Worker:
             self._credentials.configure(config.server)
             self.relay.set(_EXPIRES, self._credentials.certificate.expires_at)
         self.door.configure(config)
+        self._passing.configure(may_move=config.server.moves)
         if self._tracer is not None:
             self._tracer.configure(config)
 

@@ -14,13 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "fastsig"
 
 LAYERS = (
     ("words", "errors config metrics"),  # metrics: the relay counts in words that it lays out
-    ("core", "_relay"),
+    ("core", "_relay faults"),
     ("pure", "protocol routing calls health limits sessions keys auth webhook proxies turn"),
     ("seen", "logs tracing"),
     ("ports", "store bus bus_messages"),
     ("domain", "admission rooms hub"),
     ("adapters", "store_redis store_postgres bus_mesh bus_redis bus_nats fetch asker"),
-    ("edge", "tls entrance connection passing exposition ops"),
+    ("edge", "tls entrance adoption connection passing exposition ops"),
     # status: what the supervisor answers with and the command line asks with; of the workers it knows only numbers
     ("process", "control systemd status worker cpus fleet listeners handover processes overview supervisor"),
     ("outside", "client tokens cli"),

@@ -14,11 +14,12 @@ from typing import Any
 from fastsig import metrics
 from fastsig._relay import Connection, Relay, Room
 from fastsig.admission import RATES
+from fastsig.adoption import new_websocket
 from fastsig.auth import Verifier
 from fastsig.bus import InProcess, Link, TwinLink
 from fastsig.calls import Calls
 from fastsig.config import Auth, Config, Limits, Server
-from fastsig.connection import Discard, Door, Handshake, new_websocket
+from fastsig.connection import Discard, Door, Handshake
 from fastsig.entrance import Entrance
 from fastsig.hub import Hub
 from fastsig.routing import Address, Place, View

@@ -6,7 +6,8 @@ from typing import Any, cast
 
 import pytest
 
-from fastsig.connection import HEAD_BYTES, Edge, accept_key, picows_log, read_head
+from fastsig.adoption import picows_log
+from fastsig.connection import HEAD_BYTES, Edge, accept_key, read_head
 from fastsig.errors import HttpError
 
 from .memory import HEAD, PING, PONG, TEXT, Client, Host, frame, parse_frames

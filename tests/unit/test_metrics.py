@@ -151,7 +151,7 @@ async def test_one_that_another_worker_serves_is_not_counted_as_gone(host: Host)
     client = host.accept()
     client.transport.protocol.let_go()
     host.run()
-    assert "handshakes_total" not in host.counted()
+    assert host.counted() == {"handshakes_total": 1, 'handshakes_total{result="passed"}': 1}
 
 
 @pytest.mark.parametrize(

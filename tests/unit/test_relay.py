@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 
 from fastsig._relay import Connection, Member, Relay
-from fastsig.connection import Discard, picows_log
+from fastsig.adoption import picows_log
+from fastsig.connection import Discard
 
 from .memory import BINARY, CLOSE, PING, PONG, TEXT, Client, Host, frame
 
