@@ -138,7 +138,7 @@ class _Mover(Protocol):
 
 
 class _Tracer(Protocol):
-    """What `tracing` hears from here. A join ends by the first of `joined`, `refused`, `failed`, `withdrawn`, `moved`."""
+    """What `tracing` hears from here. A join ends by the first of joined, refused, failed, withdrawn, moved."""
 
     def adopt(self, connection: Connection, trace: str | None) -> None: ...
     def moving(self, connection: Connection, result: str, began: float) -> str: ...

@@ -1,6 +1,6 @@
 """Workers in one process with real sockets and real links between them: connections move from one to the other.
 
-`Homes` are the workers, each with a port of its own; what one of them hears from another can be held back, word by word.
+`Homes` are the workers, each with a port of its own; what one hears from the other can be held back, word by word.
 `Far` is the far end of a connection, which speaks bytes.
 """
 
@@ -182,8 +182,8 @@ async def homes(**options: Any) -> AsyncIterator[Homes]:
 
 def _sockets() -> int:
     """How many descriptors of sockets this process has."""
-    links = (os.readlink(entry) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
-    return sum(link.startswith("socket:") for link in links)
+    entries = Path("/proc/self/fd").iterdir()
+    return sum(str(entry.readlink()).startswith("socket:") for entry in entries if entry.is_symlink())
 
 
 async def until(is_so: Callable[[], object]) -> None:
