@@ -649,6 +649,11 @@ cdef inline uint32_t in_clock_ms(double now) noexcept:
     return <uint32_t><uint64_t>(now * 1000)
 
 
+cdef inline double short(double value) noexcept:
+    """Never, or without end, in a word: to read 1e300 in JSON takes 8 µs."""
+    return min(value, 1e15)
+
+
 cdef inline double carried(double left, double old_burst, double burst) noexcept:
     """A level under another burst: what was used of the one is used of the other."""
     return burst if old_burst >= OFF else left + burst - old_burst
@@ -868,10 +873,11 @@ cdef class Connection(WSListener):
         return {
             "peer": self.peer, "waiting": self.waiting[self.waiting_from:self.waiting_to], "wants_ack": self.wants_ack,
             "denies": self.denies, "is_heard": self.is_heard, "pings_unanswered": self.pings_unanswered,
-            "opened_at": self.opened_at, "ping_at": self.ping_at, "join_by": self.join_by, "probed_at": self.probed_at,
-            "alarm_at": min(self.alarm_at, 1e300), "refilled_at": self.refilled_at,
-            "messages_left": self.messages_left, "bytes_left": self.bytes_left, "fanout_left": self.fanout_left,
-            "told_until": self.told_until, "insists_since": self.insists_since, "insisted": self.insisted,
+            "opened_at": self.opened_at, "ping_at": short(self.ping_at), "join_by": short(self.join_by),
+            "probed_at": self.probed_at, "alarm_at": short(self.alarm_at), "refilled_at": self.refilled_at,
+            "messages_left": short(self.messages_left), "bytes_left": short(self.bytes_left),
+            "fanout_left": short(self.fanout_left), "told_until": self.told_until,
+            "insists_since": self.insists_since, "insisted": self.insisted,
         }
 
     cdef bint _is_quiet(self) noexcept:

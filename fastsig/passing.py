@@ -122,7 +122,10 @@ class Passing:
         """Not at once: picows is handing out what it has read of the connection."""
         if self._queue and not self._is_due:
             self._is_due = True
-            self._loop.call_later(delay_s, self._on_due)
+            if delay_s:
+                self._loop.call_later(delay_s, self._on_due)
+            else:
+                self._loop.call_soon(self._on_due)
 
     def _on_due(self) -> None:
         """Each once; those whose way is full come again."""
