@@ -25,7 +25,7 @@ async def _good(scenario: Coroutine[Any, Any, Report]) -> Report:
 @pytest.mark.parametrize("moves", ["true", "false"])
 async def test_kill_of_a_worker_is_noticed_by_its_own_peers_only(moves: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own are the members of its rooms where they have moved to them, else those who are connected to it."""
-    monkeypatch.setenv("FASTSIG_SERVER_MOVES", moves)
+    monkeypatch.setitem(faults.FREE, "FASTSIG_SERVER_MOVES", moves)
     report = await _good(faults.kill(MANY, 3, clients=100, rooms=40, rate=200, p99_ms=250))
     assert {this["slot"] for this in report.rounds} == {0, 1, 2}
     assert sum(this["dropped"] for this in report.rounds) > 0
