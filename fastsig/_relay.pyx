@@ -904,7 +904,8 @@ cdef class Connection(WSListener):
             raise InvariantError("a connection is unpacked once, in place of its handshake")
         if peer is not None:
             self.identify(peer)
-        self.wants_ack, self.denies, self.is_heard, self.pings_unanswered = wants_ack, denies, is_heard, pings_unanswered
+        self.wants_ack, self.denies = wants_ack, denies
+        self.is_heard, self.pings_unanswered = is_heard, pings_unanswered
         self.opened_at, self.ping_at, self.join_by, self.probed_at = opened_at, ping_at, join_by, probed_at
         self.probe_by, self.alarm_at, self.refilled_at = 1e300, alarm_at, refilled_at
         self.messages_left, self.bytes_left, self.fanout_left = messages_left, bytes_left, fanout_left

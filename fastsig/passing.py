@@ -134,7 +134,13 @@ class Passing:
             if len(self._offers) >= OFFERS:
                 return
             departure = self._queue.popleft()
-            if self._hub.is_undecided(departure.request) and not self._set_off(departure):
+            try:
+                is_full = self._hub.is_undecided(departure.request) and not self._set_off(departure)
+            except Exception:  # noqa: BLE001 # a bug of ours: nobody waits for ever for that
+                self._hub.report_bug(departure.connection)
+                departure.serve()
+                continue
+            if is_full:
                 self._queue.append(departure)
         self._look_soon(AGAIN_S)
 
@@ -180,26 +186,26 @@ class Passing:
         offer = self._offers.get(word.request)
         if offer is None:
             self._forgive(owner)
-        elif word.is_willing and self._hand_over(owner, word.request, offer[1]):
-            del self._offers[word.request]
+        elif word.is_willing and self._is_confirmed(owner, word.request, offer[1]):
+            del self._offers[word.request]  # first: from here on it is not ours, whatever else comes up
             offer[2].cancel()
             self._look_soon()
+            offer[1].let_go()
+            faults.point("let-go")
             return
         else:
             self._serve_here(word.request, "declined")
         if word.is_willing:
             owner.say(encode(Confirm(word.request, is_yours=False)))
 
-    def _hand_over(self, owner: Neighbour, number: int, offered: _Offered) -> bool:
-        """It is the owner's from the moment that this is on its way; if that cannot be now, it stays."""
+    def _is_confirmed(self, owner: Neighbour, number: int, offered: _Offered) -> bool:
+        """It is the owner's from the moment that the word is on its way. If that cannot be now, it stays."""
         if not offered.is_waiting:
             return False
         word = Confirm(number, is_yours=True, trace=offered.trace_pass("passed"))
         if not owner.say_now(encode(word), ()):
             return False
         faults.point("confirm-said")
-        offered.let_go()
-        faults.point("let-go")
         return True
 
     def _forgive(self, owner: Neighbour) -> None:
@@ -234,20 +240,25 @@ class Passing:
     def _on_confirm(self, neighbour: Neighbour, word: Confirm) -> None:
         faults.point("confirm-heard")
         given = self._offered.pop((neighbour, word.request))
+        offer = given.offer
         if not word.is_yours:
             _decline(given)
-        elif given.guest is None or given.offer.live is None:
-            self._door.take_over(given.fd, given.offer.data, given.offer.address, trace=word.trace)
+        elif given.guest is None or offer.live is None:
+            self._door.take_over(given.fd, offer.data, offer.address, trace=word.trace)
         else:
-            self._adopt(given.fd, given.guest, given.offer.live, given.offer.data, word.trace)
+            try:
+                adopted = self._adopted(given.guest, offer.live, offer.data, word.trace)
+            except Exception:
+                _decline(given)
+                raise
+            self._door.adopt(given.fd, given.guest, adopted)
 
-    def _adopt(self, fd: int, guest: Guest, live: Live, data: bytes, trace: str | None) -> None:
+    def _adopted(self, guest: Guest, live: Live, data: bytes, trace: str | None) -> adoption.Adopted:
         connection = Connection(self._relay)
         connection.lease = guest
         connection.address = guest.address
         self._hub.unpack(connection, live)
-        then = partial(self._on_adopted, live=live, trace=trace)
-        self._door.adopt(fd, guest, adoption.Adopted(connection, live.packed, data, then))
+        return adoption.Adopted(connection, live.packed, data, partial(self._on_adopted, live=live, trace=trace))
 
     def _on_adopted(self, connection: Connection, live: Live, trace: str | None) -> None:
         faults.point("adopted")
@@ -266,7 +277,7 @@ class _Departure:
         self.until = until  # it waits so long to be offered, in seconds of the loop
         self.connection: Final = request.connection
         self._hub = hub
-        self._result = ""
+        self._result = "taken_back"
 
     @property
     def is_waiting(self) -> bool:
