@@ -105,6 +105,7 @@ class Adopted(asyncio.Protocol):
             transport.set_protocol(websocket)
             feed(websocket, self._data, connection)
             asyncio.get_running_loop().call_soon(self._then, connection)
+            del self._packed, self._data, self._then  # its transport keeps this object as long as the connection lasts
         except Exception:  # noqa: BLE001 # as in a handshake: it costs this connection alone
             _log.exception("internal_error")
             connection.relay.count(_BUGS)
