@@ -180,8 +180,9 @@ FAMILIES: Final = (
     Family(
         "moves_total", "counter",
         "Connections at their first join, where another worker of this host owns the room: moved to that, refused by it"
-        " (it drains, or is full), taken_back (it was silent, or the way to it was lost), unfit (in the midst of a"
-        " message or of output). Those that did not move are relayed across workers.",
+        " (it drains, or is full), taken_back (it was silent, the way to it was lost, or too many moved at once),"
+        " unfit (in the midst of a message or of output, or much was read behind the join). Those that did not move are"
+        " relayed across workers; docs/moves.md.",
         *_each(("result", MOVES)),
     ),
     Family(

@@ -170,7 +170,8 @@ class Town:
     async def _over_and_over(self, act: Callable[[], Awaitable[None]]) -> None:
         while True:
             await asyncio.sleep(self._chance.uniform(0, 3))
-            with contextlib.suppress(OSError, TimeoutError, ConnectionClosed, InvalidHandshake):
+            # AttributeError: asyncio's, where a transport is aborted that was lost while output waited for its close
+            with contextlib.suppress(OSError, TimeoutError, ConnectionClosed, InvalidHandshake, AttributeError):
                 await act()
 
     def _person(self, room: str) -> Person:

@@ -188,11 +188,15 @@ async def test_call_is_one_trace_from_page_to_page(
     assert server.stop() == 0
     handshakes, joins, spans = collector.spans("handshake"), collector.spans("join"), collector.spans()
     assert {span.trace_id for span in spans} == {TRACE_ID}
-    assert {span.name for span in spans} <= {"handshake", "join", "pass"}, "nothing was refused"
-    assert sorted(span.parent_id for span in joins) == sorted(PAGES)
+    assert {span.name for span in spans} <= {"handshake", "join", "pass", "move", "adopt"}, "nothing was refused"
+    from_pages = [span for span in joins if span.parent_id in PAGES]
+    assert sorted(span.parent_id for span in from_pages) == sorted(PAGES)
     assert {span.attributes["fastsig.connection"] for span in handshakes} == {
-        span.attributes["fastsig.connection"] for span in joins
+        span.attributes["fastsig.connection"] for span in from_pages
     }
+    assert sorted(span.attributes["fastsig.result"] for span in joins if span not in from_pages) == [
+        "joined" for span in from_pages if span.attributes["fastsig.result"] == "moved"
+    ]
     passes = {span.span_id: span.parent_id for span in spans if span.name == "pass"}
     assert sorted(passes.get(span.parent_id, span.parent_id) for span in handshakes) == sorted(PAGES)
     assert {span.service for span in spans} == {"fastsig"}
@@ -220,6 +224,31 @@ async def test_passed_connection_is_followed_from_worker_to_worker(
             assert before.trace_id == span.trace_id
             assert (before.attributes["fastsig.result"] == "passed") == (before.worker != span.worker)
     assert not joins and not passes
+
+
+async def test_connection_that_moves_is_followed_from_worker_to_worker(
+    serve: Callable[..., Server], collector: Collector, room: str
+) -> None:
+    """Half of them are accepted by the worker that owns the room; with no page each trace begins in the server.
+
+    On a busy machine the owner may be asked in vain: then the join goes on where it was read.
+    """
+    server = serve("--workers", "2", env=collector.environment)
+    for _ in range(16):
+        await join(server, room)
+    assert server.stop() == 0
+    spans = {span.span_id: span for span in collector.spans()}
+    joined = [span for span in collector.spans("join") if span.attributes["fastsig.result"] == "joined"]
+    assert len({span.trace_id for span in joined}) == len(joined) == 16, "one trace each"
+    for span in collector.spans("adopt"):
+        move = spans[span.parent_id]
+        asked = spans[move.parent_id]
+        assert (move.name, asked.name, spans[asked.parent_id].name) == ("move", "join", "handshake")
+        assert move.attributes["fastsig.result"] == asked.attributes["fastsig.result"] == "moved"
+        assert move.worker == asked.worker != span.worker
+    ends = [(spans[span.parent_id].name, spans[span.parent_id].worker == span.worker) for span in joined]
+    assert set(ends) <= {("handshake", True), ("adopt", True)}
+    assert ends.count(("adopt", True)) == len(collector.spans("adopt")) > 0
 
 
 async def test_relays_are_sampled_when_that_is_asked_for(

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -20,7 +20,8 @@ from fastsig.protocol import read_traceparent
 from fastsig.routing import Address, Place, View
 from fastsig.tracing import Tracer
 
-from .memory import HEAD, Client, Cluster, Host, frame_of
+from .memory import HEAD, TEXT, Client, Cluster, Host, frame, frame_of
+from .moving import Far, Home, Homes, homes, until
 
 TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C
 SPAN_ID = 0xB7AD6B7169203331
@@ -30,20 +31,27 @@ OTHER_ID = 0x4BF92F3577B34DA6A3CE929D0E0E4736
 KEYED = View(1, b"0123456789abcdef", {"": (0,)})
 
 
-class Traced:
-    """A host with a tracer; `take` gives the spans that ended since the last time, by name where one is asked for."""
+class Spans:
+    """Those of one worker; `take` gives what ended since the last time, by name where one is asked for."""
 
-    def __init__(self, host: Host, **options: Any) -> None:
-        self.host = host
+    def __init__(self, worker: Host | Home, clock: Callable[[], float], **options: Any) -> None:
         self._exporter = InMemorySpanExporter()
         settings = config.build({key.replace("_", ".", 1): value for key, value in options.items()})
-        self.tracer = Tracer(settings, host.place, SimpleSpanProcessor(self._exporter), clock=lambda: host.now)
-        host.hub.tracer = host.door.tracer = self.tracer
+        self.tracer = Tracer(settings, worker.place, SimpleSpanProcessor(self._exporter), clock)
+        worker.hub.tracer = worker.door.tracer = self.tracer
 
     def take(self, name: str | None = None) -> list[ReadableSpan]:
         spans = self._exporter.get_finished_spans()
         self._exporter.clear()
         return [span for span in spans if name in (None, span.name)]
+
+
+class Traced(Spans):
+    """A host with a tracer."""
+
+    def __init__(self, host: Host, **options: Any) -> None:
+        super().__init__(host, lambda: host.now, **options)
+        self.host = host
 
     def connect(self, *headers: str, target: str = "/ws") -> Client:
         """A WebSocket whose request has these header lines, too."""
@@ -385,6 +393,93 @@ async def test_connection_that_nobody_took_is_served_in_the_trace_of_the_asking(
     passed, served = traced.take()
     assert (attributes(passed), parent_id(passed)) == ({"result": "silent"}, SPAN_ID)
     assert (attributes(served)["result"], parent_id(served)) == ("accepted", span_id(passed))
+
+
+# ---- moves
+
+
+@pytest.fixture
+async def two() -> AsyncIterator[Homes]:
+    async with homes() as made:
+        yield made
+
+
+def traced_home(home: Home) -> Spans:
+    return Spans(home, home.clock)
+
+
+async def test_move_is_followed_from_the_join_at_one_worker_to_the_join_at_the_other(two: Homes) -> None:
+    mover, adopter = traced_home(two[0]), traced_home(two[1])
+    far = await Far.connect(two[0])
+    await far.join(two.room(1), "a", trace=RECORDED)
+    await far.say(type="offer", room="elsewhere", recipient="b")
+    assert (await far.hear())["code"] == "not_joined"
+    handshake, moved, asked = mover.take()
+    adopted, joined, error = adopter.take()
+    assert [span.name for span in (asked, moved, adopted, joined, error)] == ["join", "move", "adopt", "join", "error"]
+    assert {trace_id(span) for span in (asked, moved, adopted, joined, error)} == {TRACE_ID}
+    assert [parent_id(span) for span in (asked, moved, adopted, joined, error)] == [
+        SPAN_ID, span_id(asked), span_id(moved), span_id(adopted), span_id(adopted)
+    ]  # fmt: skip
+    before, after = attributes(handshake)["connection"], attributes(adopted)["connection"]
+    assert (before[:4], after[:4]) == ("0.1.", "1.2."), "slot and generation of the worker that has it"
+    assert [attributes(span) for span in (asked, moved)] == [{"connection": before, "result": "moved"}] * 2
+    assert [attributes(span) for span in (adopted, joined, error)] == [
+        {"connection": after} | told for told in ({}, {"result": "joined"}, {"code": "not_joined"})
+    ]
+    assert [span.kind for span in (moved, adopted, joined)] == [SpanKind.INTERNAL, SpanKind.INTERNAL, SpanKind.SERVER]
+    assert not [span for span in (asked, moved, adopted, joined) if span.status.status_code is StatusCode.ERROR]
+    assert asked.start_time is not None and moved.start_time is not None and moved.end_time is not None
+    assert asked.start_time <= moved.start_time < moved.end_time
+    far.close()
+
+
+async def test_move_of_a_join_without_a_trace_belongs_to_the_connections(two: Homes) -> None:
+    mover, adopter = traced_home(two[0]), traced_home(two[1])
+    far = await Far.connect(two[0])
+    await far.join(two.room(1), "a")
+    spans = mover.take() + adopter.take()
+    assert [span.name for span in spans] == ["handshake", "move", "join", "adopt", "join"]
+    assert len({trace_id(span) for span in spans}) == 1
+    far.close()
+
+
+@pytest.mark.parametrize("result", ["refused", "taken_back", "unfit"])
+async def test_connection_that_does_not_move_says_why_and_its_join_goes_on(two: Homes, result: str) -> None:
+    mover, adopter = traced_home(two[0]), traced_home(two[1])
+    rest = b""
+    match result:
+        case "refused":
+            two[1].door.is_ready = False
+        case "taken_back":
+            two[1].deafen()
+        case "unfit":
+            rest = frame(TEXT, '{"type":', fin=False)
+    far = await Far.connect(two[0])
+    await far.send(frame_of(type="join", room=two.room(1), sender="a", payload={"trace": RECORDED}) + rest)
+    await until(lambda: two[0].moves() == {result: 1})
+    two[1].release()
+    assert (await far.hear())["type"] == "joined"
+    _, stayed, joined = mover.take()
+    assert [attributes(span)["result"] for span in (stayed, joined)] == [result, "joined"]
+    assert (stayed.name, parent_id(stayed), parent_id(joined)) == ("move", span_id(joined), SPAN_ID)
+    assert stayed.status.status_code is StatusCode.UNSET
+    assert adopter.take() == []
+    far.close()
+
+
+async def test_whether_a_moved_connection_is_recorded_was_decided_before(
+    two: Homes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_off")
+    mover = traced_home(two[0])
+    monkeypatch.setenv("OTEL_TRACES_SAMPLER", "parentbased_always_on")
+    adopter = traced_home(two[1])
+    far = await Far.connect(two[0])
+    await far.join(two.room(1), "a", trace=RECORDED)
+    assert mover.take() == []
+    assert adopter.take() == []
+    far.close()
 
 
 # ---- who decides that it is recorded
