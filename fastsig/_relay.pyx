@@ -1751,6 +1751,11 @@ cdef class Neighbour:
             self.link.close()
 
     @property
+    def takes_at_once(self):
+        """Is it worth while to try `say_now`?"""
+        return self.link is not None and not self.is_blocked
+
+    @property
     def is_congested(self):
         """Half of the bound waits, or there is no link: what need not be said is not."""
         return self._is_congested()
@@ -1766,7 +1771,8 @@ cdef class Neighbour:
         self.say(word)
 
     def say_now(self, bytes word not None, fds):
-        """One word with descriptors (duplicates of them). False when the link does not take it at once: unsaid then."""
+        """One word, mostly with descriptors (duplicates of them). False when the link does not take it at once, or takes
+        nothing any more: unsaid then."""
         cdef size_t n = PyBytes_GET_SIZE(word)
         if self.link is None or self.is_blocked:
             return False
@@ -1776,7 +1782,7 @@ cdef class Neighbour:
         packet = PyBytes_FromStringAndSize(NULL, n + LENGTH + 2)
         PyBytes_AS_STRING(packet)[0] = 0
         put_bytes(put_length(PyBytes_AS_STRING(packet) + 1, WORD, n), word)
-        return self._send(packet, fds)
+        return self._send(packet, fds) and not self.link.is_ending
 
     def writable(self):
         """The link takes packets again."""

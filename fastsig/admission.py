@@ -227,6 +227,10 @@ class Admission:
             record.joins.level = min(standing.joins[0], record.joins.burst)
         self._allow(connection, record)
 
+    def review(self, connection: Connection) -> None:
+        """What it may use is what it may use now."""
+        self._allow(connection, record_of(connection))
+
     def is_meta_fixed(self, connection: Connection) -> bool:
         """Does its metadata come from the token or the webhook?"""
         record = record_of(connection)

@@ -86,11 +86,11 @@ def unread(websocket: Any, place: int) -> bytes:
 class Adopted(asyncio.Protocol):
     """A connection that another process has served, from when its descriptor has a transport here.
 
-    `data`: the beginning of a frame, read there. `then` is called with it in one of the next loop turns: a transport
+    `data`: the beginning of a frame, read there. `then` is called in one of the next loop turns: a transport
     cannot be paused before `connection_made` returns. What comes meanwhile waits behind what it has brought along.
     """
 
-    def __init__(self, connection: Connection, packed: Packed, data: bytes, then: Callable[[Connection], None]) -> None:
+    def __init__(self, connection: Connection, packed: Packed, data: bytes, then: Callable[[], None]) -> None:
         self._connection = connection
         self._packed = packed
         self._data = data
@@ -104,7 +104,7 @@ class Adopted(asyncio.Protocol):
             connection.unpack(**msgspec.structs.asdict(self._packed))
             transport.set_protocol(websocket)
             feed(websocket, self._data, connection)
-            asyncio.get_running_loop().call_soon(self._then, connection)
+            asyncio.get_running_loop().call_soon(self._then)
             del self._packed, self._data, self._then  # its transport keeps this object as long as the connection lasts
         except Exception:  # noqa: BLE001 # as in a handshake: it costs this connection alone
             _log.exception("internal_error")

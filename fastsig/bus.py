@@ -60,6 +60,11 @@ class Link(Protocol):
         """Can it carry descriptors? The other is then a process of this host."""
         ...
 
+    @property
+    def is_ending(self) -> bool:
+        """Is the other end gone, as far as is known? What was sent since is dropped."""
+        ...
+
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> bool:
         """Take the whole packet (1 to PACKET_BYTES bytes), with duplicates of `fds`: True; or nothing of it: False.
 
@@ -181,6 +186,11 @@ class TwinLink:
 
     def __repr__(self) -> str:
         return f"<TwinLink {self.serial} to {self.address.node}:{self.address.slot} generation {self.generation}>"
+
+    @property
+    def is_ending(self) -> bool:
+        """See `Link.is_ending`."""
+        return self._is_over or self._is_cut
 
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> bool:
         """See `Link.send`."""

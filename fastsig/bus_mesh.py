@@ -133,6 +133,11 @@ class MeshLink:
     def __repr__(self) -> str:
         return f"<MeshLink {self.serial} to {self.address.node}:{self.address.slot} generation {self.generation}>"
 
+    @property
+    def is_ending(self) -> bool:
+        """See `Link.is_ending`."""
+        return self._is_over or self._is_ending
+
     def send(self, packet: bytes, fds: Sequence[int] = ()) -> bool:
         """See `Link.send`."""
         check_packet(self, packet, fds)

@@ -229,7 +229,8 @@ class _Request(Protocol):
     """One handshake as `tracing` sees it."""
 
     def read(self, traceparents: Sequence[str], peername: Any) -> None: ...
-    def passed(self, result: str) -> str: ...
+    def passing(self) -> str: ...
+    def passed(self, result: str) -> None: ...
     def end(self, connection: Connection, result: str) -> None: ...
 
 
@@ -515,13 +516,19 @@ class Handshake(asyncio.Protocol):
         """Is the connection still there to be passed on, or served?"""
         return self._connection.is_shaking
 
-    def trace_pass(self, result: str) -> str | None:
-        """Another worker was asked, and this came of it. The traceparent for it to go on with, where there is one."""
-        return None if self._request is None else self._request.passed(result)
+    def trace(self) -> str | None:
+        """The traceparent for the other worker to go on with, where there is one."""
+        return None if self._request is None else self._request.passing()
+
+    def end_offer(self, result: str) -> None:
+        """Another worker was asked, and this came of it."""
+        if self._request is not None:
+            self._request.passed(result)
 
     def let_go(self) -> None:
         """It is another process's connection now: close this descriptor of it."""
         self._door.relay.count(_RESULTS["passed"])
+        self.end_offer("passed")
         self._connection.let_go()
         self._transport.abort()
 

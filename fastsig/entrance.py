@@ -159,6 +159,10 @@ class Entrance:
         for reader in list(self._readers):
             reader.close()
 
+    def has_room_for(self, address: str) -> bool:
+        """Would a connection of this client be let in that another worker hands over?"""
+        return self.addresses.has_room(address_key(address))
+
     def take_over(self, address: str) -> Guest:
         """Another worker has met it, charged its rate and passed it on."""
         guest = Guest(address)

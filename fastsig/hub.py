@@ -141,8 +141,8 @@ class _Tracer(Protocol):
     """What `tracing` hears from here. A join ends by the first of joined, refused, failed, withdrawn, moved."""
 
     def adopt(self, connection: Connection, trace: str | None) -> None: ...
-    def moving(self, connection: Connection, result: str, began: float) -> str: ...
-    def moved(self, connection: Connection) -> None: ...
+    def moving(self, connection: Connection) -> str: ...
+    def moved(self, connection: Connection, result: str, began: float) -> None: ...
     def join(self, connection: Connection, trace: str | None) -> None: ...
     def joined(self, connection: Connection) -> None: ...
     def withdrawn(self, connection: Connection) -> None: ...
@@ -720,35 +720,32 @@ class Hub:
         standing = self.admission.pack(connection)
         return Live(Packed(**packed), standing, join, request.id, grant, request.decision)
 
-    def trace_move(self, request: Request, result: str) -> str | None:
-        """`result`: one of `metrics.MOVES`. The traceparent to go on with, where there is one."""
-        return None if self.tracer is None else self.tracer.moving(request.connection, result, request.began_at)
+    def trace_move(self, request: Request) -> str | None:
+        """The traceparent to go on with in the other worker, where there is one."""
+        return None if self.tracer is None else self.tracer.moving(request.connection)
 
     def let_go(self, request: Request) -> None:
         """Its connection is another worker's."""
         self._pop(request.number)
-        self._relay.count(_MOVES["moved"])
         self._relay.observe(_MOVE_SECONDS, self._clock() - request.began_at)
-        if self.tracer is not None:
-            self.tracer.moved(request.connection)
+        self._end_move(request, "moved")
 
     def stay(self, request: Request, owner: Neighbour, result: str) -> None:
         """Its connection does not move, for this reason: the owner decides about a peer that is elsewhere."""
-        self._relay.count(_MOVES[result])
-        self.trace_move(request, result)
+        self._end_move(request, result)
         self._go_on(request, partial(self._ask, owner))
 
-    def unpack(self, connection: Connection, live: Live) -> None:
-        """One comes from another worker; before its relay's part."""
-        self.admission.unpack(connection, live.standing)
+    def _end_move(self, request: Request, result: str) -> None:
+        self._relay.count(_MOVES[result])
+        if self.tracer is not None:
+            self.tracer.moved(request.connection, result, request.began_at)
 
-    def adopt(self, connection: Connection, live: Live, trace: str | None) -> None:
-        """It is here. Its join goes on as if it had been read here."""
-        if not connection.is_open:
-            return
+    def unpack(self, connection: Connection, live: Live, trace: str | None) -> Request:
+        """One comes from another worker: its join, which is undecided from here on. Before its relay's part."""
         if self.tracer is not None:
             self.tracer.adopt(connection, trace)
             self.tracer.join(connection, None)
+        self.admission.unpack(connection, live.standing)
         join = live.join
         request = Request(
             next(self._numbers), connection, join.room, live.id, None, protocol.JoinPayload(), self._clock()
@@ -757,8 +754,15 @@ class Hub:
         request.decision = live.decision
         request.join = msgspec.structs.replace(join, request=request.number)
         self._enter(request)
-        if request.grant is not None and self.admission.is_revoked(request.grant):  # on the way
-            connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
+        return request
+
+    def adopt(self, request: Request) -> None:
+        """It is here. Its join goes on as if it had been read here. What a reload has changed on the way, holds."""
+        if not self.is_undecided(request):
+            return
+        self.admission.review(request.connection)
+        if request.grant is not None and self.admission.is_revoked(request.grant):
+            request.connection.send_close(CloseCode.UNAUTHORIZED, "kicked")
         else:
             self._go_on(request, self._place_in_room)
 

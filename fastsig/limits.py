@@ -181,6 +181,12 @@ class Addresses:
                 del self._idle[key]
         return None
 
+    def has_room(self, key: str) -> bool:
+        """Would `open` let it stay? Nobody is refused anything by the question."""
+        entry = self._live.get(key)
+        is_full = entry is not None and 0 < self._most_each <= entry.connections
+        return self._is_dry or not (is_full or 0 < self._most <= self._connections)
+
     def close(self, key: str) -> None:
         """A connection that was opened has ended."""
         self._connections -= 1

@@ -32,7 +32,7 @@ from .entrance import Guest
 from .errors import CloseCode
 from .hub import Hub, Request
 
-_RESULTS: Final = {"passed": "moved", "declined": "refused", "silent": "taken_back", "lost": "taken_back"}
+_RESULTS: Final = {"declined": "refused", "silent": "taken_back", "lost": "taken_back"}
 
 _log = logs.get("fastsig.passing")
 
@@ -50,7 +50,8 @@ class _Offered(Protocol):
     @property
     def is_waiting(self) -> bool: ...
     def fileno(self) -> int: ...
-    def trace_pass(self, result: str) -> str | None: ...
+    def trace(self) -> str | None: ...
+    def end_offer(self, result: str) -> None: ...
     def let_go(self) -> None: ...
     def serve(self) -> None: ...
 
@@ -150,6 +151,8 @@ class Passing:
         if not self._is_to_be_asked(owner) or self._loop.time() > departure.until:
             departure.stay("taken_back")
             return True
+        if not owner.takes_at_once:
+            return False
         live = self._hub.pack(departure.request)
         if live is None:
             departure.stay("unfit")
@@ -202,7 +205,7 @@ class Passing:
         """It is the owner's from the moment that the word is on its way. If that cannot be now, it stays."""
         if not offered.is_waiting:
             return False
-        word = Confirm(number, is_yours=True, trace=offered.trace_pass("passed"))
+        word = Confirm(number, is_yours=True, trace=offered.trace())
         if not owner.say_now(encode(word), ()):
             return False
         faults.point("confirm-said")
@@ -218,7 +221,7 @@ class Passing:
         _, offered, timer = self._offers.pop(number)
         timer.cancel()
         if offered.is_waiting:
-            offered.trace_pass(reason)
+            offered.end_offer(reason)
         offered.serve()
         self._look_soon()
 
@@ -229,9 +232,9 @@ class Passing:
         has_room = bool(self.arrived) and self.arrived[0] < self._ceiling and len(self._offered) < OFFERED
         guest = None
         is_willing = has_room and self._door.is_ready
-        if is_willing and word.live is not None:
-            guest = self._door.entrance.take_over(word.address)
-            is_willing = guest.refusal is None
+        if word.live is not None:
+            is_willing = is_willing and self._door.entrance.has_room_for(word.address)
+            guest = self._door.entrance.take_over(word.address) if is_willing else None
         if is_willing:
             self._offered[neighbour, word.request] = _Given(self.arrived.pop(), word, guest)
         neighbour.say(encode(Accept(word.request, is_willing)))
@@ -257,14 +260,14 @@ class Passing:
         connection = Connection(self._relay)
         connection.lease = guest
         connection.address = guest.address
-        self._hub.unpack(connection, live)
-        return adoption.Adopted(connection, live.packed, data, partial(self._on_adopted, live=live, trace=trace))
+        request = self._hub.unpack(connection, live, trace)
+        return adoption.Adopted(connection, live.packed, data, partial(self._on_adopted, request))
 
-    def _on_adopted(self, connection: Connection, live: Live, trace: str | None) -> None:
+    def _on_adopted(self, request: Request) -> None:
         faults.point("adopted")
-        self._hub.adopt(connection, live, trace)
+        self._hub.adopt(request)
         if not self._door.is_ready:  # a drain has begun on the way, and does not know of it
-            connection.send_close(CloseCode.DRAIN)
+            request.connection.send_close(CloseCode.DRAIN)
         faults.point("joined")
 
 
@@ -289,10 +292,13 @@ class _Departure:
         fd: int = self.connection.transport.get_extra_info("socket").fileno()
         return fd
 
-    def trace_pass(self, result: str) -> str | None:
-        """What comes of the offer."""
+    def trace(self) -> str | None:
+        """The traceparent for the other worker to go on with."""
+        return self._hub.trace_move(self.request)
+
+    def end_offer(self, result: str) -> None:
+        """Nothing came of it."""
         self._result = _RESULTS[result]
-        return self._hub.trace_move(self.request, self._result) if result == "passed" else None
 
     def let_go(self) -> None:
         """It is another process's connection now: close this descriptor of it."""

@@ -141,19 +141,20 @@ class Tracer:
         )
         traced.latest = traced.join.get_span_context()
 
-    def moving(self, connection: _Connection, result: str, began: float) -> str:
-        """Its join was to go on with the connection in another worker, since then (monotonic seconds); what became of
-        that. The traceparent to go on with there."""
+    def moving(self, connection: _Connection) -> str:
+        """Its join, which is undecided, goes on with the connection in another worker: the traceparent for that."""
+        traced: _Traced = connection.trace
+        return _traceparent(traced.handshake if traced.join is None else traced.join.get_span_context())
+
+    def moved(self, connection: _Connection, result: str, began: float) -> None:
+        """What became of that since then (monotonic seconds). If it moved, its join ends here."""
         traced: _Traced = connection.trace
         parent = traced.handshake if traced.join is None else traced.join.get_span_context()
         began_ns = int(1e9 * (began + time.time() - time.monotonic()))
         span = self.span("move", _within(parent), began_ns=began_ns, connection=traced.name, result=result)
         span.end()
-        return _traceparent(span.get_span_context())
-
-    def moved(self, connection: _Connection) -> None:
-        """It is there."""
-        self._end_join(connection.trace, "moved")
+        if result == "moved":
+            self._end_join(traced, "moved")
 
     def adopt(self, connection: _Connection, trace: str | None) -> None:
         """It has come from another worker, whose traceparent this is."""
@@ -248,10 +249,11 @@ class Tracer:
 class Request:
     """One connection from when it was accepted to the answer; one that never sends a whole request leaves no span."""
 
-    __slots__ = ("_began_ns", "_parent", "_tracer")
+    __slots__ = ("_began_ns", "_parent", "_pass", "_tracer")
 
     def __init__(self, tracer: Tracer, trace: str | None) -> None:
         self._tracer = tracer
+        self._pass: Span | None = None  # what has begun of that
         self._began_ns = time.time_ns()
         before = None if trace is None else read_traceparent(trace)
         self._parent = None if before is None else _within(_remote(before, is_recorded=before.is_sampled))
@@ -262,13 +264,20 @@ class Request:
         if said is not None:
             self._parent = self._tracer.stranger(said, peername)
 
-    def passed(self, result: str) -> str:
-        """The owner of the room was asked to serve it; what it answered, and the traceparent to go on with."""
-        span = self._tracer.span("pass", self._parent or _NOWHERE, began_ns=self._began_ns, result=result)
-        span.end()
-        context = span.get_span_context()
-        self._parent = _within(context)
-        return _traceparent(context)
+    def passing(self) -> str:
+        """The owner of the room is asked to serve it: the traceparent for that."""
+        if self._pass is None:
+            self._pass = self._tracer.span("pass", self._parent or _NOWHERE, began_ns=self._began_ns)
+        return _traceparent(self._pass.get_span_context())
+
+    def passed(self, result: str) -> None:
+        """What it answered."""
+        self.passing()
+        assert self._pass is not None
+        self._pass.set_attribute("fastsig.result", result)
+        self._pass.end()
+        self._parent = _within(self._pass.get_span_context())
+        self._pass = None
 
     def end(self, connection: _Connection, result: str) -> None:
         """`result`: accepted, or the code of the refusal."""

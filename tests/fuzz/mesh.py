@@ -83,6 +83,7 @@ class Way:
 
     address = THERE
     is_local = True
+    is_ending = False
 
     def __init__(self, host: Host, serial: int) -> None:
         self.generation = self.serial = serial

@@ -364,7 +364,8 @@ async def test_passed_connection_goes_on_in_the_same_trace(make: Callable[..., T
     here, there = make(), make(Place(Address("", 1)))
     request = here.tracer.begin(None)
     request.read([RECORDED], ("192.0.2.1", 1))
-    trace = request.passed("passed")
+    trace = request.passing()
+    request.passed("passed")
     (passed,) = here.take()
     assert (passed.name, parent_id(passed), attributes(passed)) == ("pass", SPAN_ID, {"result": "passed"})
     assert trace == f"00-{TRACE_ID:032x}-{span_id(passed):016x}-01"
@@ -388,7 +389,7 @@ async def test_connection_that_nobody_took_is_served_in_the_trace_of_the_asking(
     client = traced.host.accept()
     client.feed(HEAD.format(target="/ws?room=r").replace("\r\n\r\n", f"\r\ntraceparent: {RECORDED}\r\n\r\n").encode())
     (handshake,) = handed
-    handshake.trace_pass("silent")
+    handshake.end_offer("silent")
     handshake.serve()
     passed, served = traced.take()
     assert (attributes(passed), parent_id(passed)) == ({"result": "silent"}, SPAN_ID)
@@ -419,7 +420,7 @@ async def test_move_is_followed_from_the_join_at_one_worker_to_the_join_at_the_o
     assert [span.name for span in (asked, moved, adopted, joined, error)] == ["join", "move", "adopt", "join", "error"]
     assert {trace_id(span) for span in (asked, moved, adopted, joined, error)} == {TRACE_ID}
     assert [parent_id(span) for span in (asked, moved, adopted, joined, error)] == [
-        SPAN_ID, span_id(asked), span_id(moved), span_id(adopted), span_id(adopted)
+        SPAN_ID, span_id(asked), span_id(asked), span_id(adopted), span_id(adopted)
     ]  # fmt: skip
     before, after = attributes(handshake)["connection"], attributes(adopted)["connection"]
     assert (before[:4], after[:4]) == ("0.1.", "1.2."), "slot and generation of the worker that has it"
