@@ -31,7 +31,7 @@ RATIO: Final = 1.1
 BATCHES: Final = 24  # of the whole churn
 LEAST_SAMPLES: Final = 6
 TABLE: Final = 5  # entries: somebody may have left a moment ago
-WARM_UP: Final = 200  # connections that come and go, before memory is compared
+FILL: Final = 1000  # connections that use up what a worker has free, before memory is compared
 SETTLE_S: Final = 1.0  # for the collector, which works when nothing else does
 PER_ROOM: Final = 2
 
@@ -183,12 +183,11 @@ async def _compare(report: Report, idle: int) -> None:
 def _memory_of_one(server: Server, idle: int, *, is_moved: bool) -> float:
     """Bytes."""
     with ExitStack() as stack:
-        _open(server, WARM_UP, stack, "warm-up", is_moved=is_moved)
-    _at_rest(server, 0)
-    before = sum(map(resident, worker_pids(server)))
-    with ExitStack() as stack:
+        _open(server, FILL, stack, "fill", is_moved=is_moved)
+        _at_rest(server, FILL)
+        before = sum(map(resident, worker_pids(server)))
         _open(server, idle, stack, "idle", is_moved=is_moved)
-        _at_rest(server, idle)
+        _at_rest(server, FILL + idle)
         return (sum(map(resident, worker_pids(server))) - before) / idle
 
 
