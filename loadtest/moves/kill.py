@@ -79,7 +79,7 @@ class Scene:
 
 
 async def kill(
-    workers: int = 4, deaths: int = 200, *, servers: int = 3, rate: float = 40.0, chance: float = 0.002,
+    workers: int = 4, deaths: int = 200, *, servers: int = 3, rate: float = 40.0, chance: float = 0.0012,
     library: Path | None = None,
 ) -> Report:  # fmt: skip
     """So many deaths on all servers together. `rate`: connections a second to each; `chance`: of a death at a point."""
