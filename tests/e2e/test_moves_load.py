@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from loadtest.faults import Report
+from loadtest.moves.churn import Sample, judge
 from loadtest.moves.counts import Seconds
 from loadtest.moves.load import load
 from loadtest.moves.peers import Meeting, Peer
@@ -103,3 +105,32 @@ def test_quantile_is_that_of_prometheus() -> None:
     seconds = Seconds({0.001: 50, 0.002: 90, float("inf"): 100})
     assert seconds.quantile_ms(0.25) == 0.5 and seconds.quantile_ms(0.7) == 1.5
     assert seconds.quantile_ms(0.99) == float("inf") and Seconds().quantile_ms(0.5) is None
+
+
+# ---- what counts as growth
+
+
+def churned(kib_per_thousand: float, entries: int = 0) -> list[Sample]:
+    """At rest, after each thousand moves: one worker that grows by so much, and has so many more in a table."""
+    return [
+        Sample(1000 * number, (40 << 20, int((40 << 20) + 1024 * kib_per_thousand * number)), (17, 17), (
+            {"rooms": 0}, {"rooms": entries * number},
+        ))
+        for number in range(24)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("samples", "said"),
+    [
+        (churned(0), []),
+        (churned(48), ["memory grows by 48.0 KiB per 1,000 moves"]),
+        (churned(0, entries=1), ["tables of slot 1 grow: {'rooms': '12 → 23'}"]),
+        (churned(0)[:8], ["4 samples in the second half, 6 are needed"]),
+    ],
+    ids=["nothing", "an object of 48 bytes each time", "a table", "too short"],
+)
+def test_what_each_move_leaves_behind_is_named(samples: list[Sample], said: list[str]) -> None:
+    report = Report("churn", 2)
+    judge(report, samples, slope_kib=16)
+    assert report.failures == said
