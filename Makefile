@@ -14,7 +14,7 @@ FLAGS := debug=$(FASTSIG_DEBUG) coverage=$(FASTSIG_COVERAGE) annotate=$(FASTSIG_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint build bench bench-full bench-page faults loadtest hostile guard guard-baseline conformance fuzz asan soak panels annotate coverage wheel clean force
+.PHONY: help run test lint build bench bench-full bench-page faults loadtest hostile moves guard guard-baseline conformance fuzz asan soak panels annotate coverage wheel clean force
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ loadtest: build $(VENV)/.dev ## SECONDS=60 of Locust against a server of its own
 
 hostile: build $(VENV)/.dev ## hostile input against a running server, for two minutes; writes docs/hostile.md (ARGS="--only ping")
 	@$(RUN) -m loadtest.hostile $(ARGS)
+
+moves: build $(VENV)/.dev ## move connections under load, kill workers meanwhile, for ten minutes (ARGS="load churn")
+	@$(RUN) -m loadtest.moves $(ARGS)
 
 guard: build $(VENV)/.dev ## count the hot path's instructions under callgrind; fails if they are 3 % more than the baseline's
 	@$(RUN) -m loadtest.guard $(ARGS)

@@ -24,9 +24,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import uvloop
@@ -51,6 +52,7 @@ FREE: Final = {
         "CONNECTIONS_PER_ADDRESS", "CONNECTS_PER_S_PER_ADDRESS", "CONNECTS_PER_S",
     )
 }  # fmt: skip
+FAULT: Final = "fastsig: fault at "  # what a worker of a debug build says before it kills itself, if it was asked to
 DRAIN: Final = {"FASTSIG_SERVER_DRAIN_SECONDS": "2"}  # unless a scenario says otherwise: its end is short if it fails
 
 
@@ -78,10 +80,13 @@ class Report:
 
 
 @contextlib.asynccontextmanager
-async def _running(report: Report, *args: str, prefix: Sequence[str] = ()) -> AsyncIterator[Server]:
+async def _running(
+    report: Report, *args: str, env: Mapping[str, str] = MappingProxyType({}), prefix: Sequence[str] = ()
+) -> AsyncIterator[Server]:
     """A server without rate limits. At the end it is stopped, if it still runs, and nothing of it may be left."""
     with tempfile.TemporaryDirectory(prefix="fastsig-faults-") as folder:
-        server = Server("--workers", str(report.workers), *args, env=FREE | DRAIN, cwd=Path(folder), prefix=prefix)
+        options = {**FREE, **DRAIN, **env}
+        server = Server("--workers", str(report.workers), *args, env=options, cwd=Path(folder), prefix=prefix)
         try:
             await asyncio.to_thread(server.wait_for, "serving")
             yield server
@@ -123,7 +128,7 @@ async def _nothing_left(report: Report, server: Server) -> None:
 def _look_at_log(report: Report, server: Server) -> None:
     for event in server.events("internal_error"):
         report.failures.append(f"a bug is logged: {str(event)[:1000]}")
-    noise = [line for line in server.stderr_lines() if not line.startswith("{")]
+    noise = [line for line in server.stderr_lines() if not line.startswith(("{", FAULT))]
     report.expect(not noise, f"lines on stderr that are no events: {noise[:3]}")
 
 
