@@ -15,8 +15,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from fastsig import adoption, config
 from fastsig._relay import Connection
+from fastsig.bus_messages import Live
 from fastsig.config import Auth
 from fastsig.errors import CloseCode
+from fastsig.hub import Request
 from fastsig.passing import OFFERS
 from fastsig.tracing import Tracer
 
@@ -291,8 +293,14 @@ async def test_queue_whose_way_is_full_is_not_packed_in_vain(two: Homes, monkeyp
     """With 3000 that wait, packing them every 5 ms is 95 % of a CPU (measured), just when the owner is too busy."""
     fars = [await Far.connect(two[0]) for _ in range(100)]
     go_on = await fill(two)
-    packed, pack = [], two[0].hub.pack
-    monkeypatch.setattr(two[0].hub, "pack", lambda request: packed.append(request) or pack(request))
+    packed: list[Request] = []
+    pack = two[0].hub.pack
+
+    def count(request: Request) -> Live | None:
+        packed.append(request)
+        return pack(request)
+
+    monkeypatch.setattr(two[0].hub, "pack", count)
     for number, far in enumerate(fars):
         await far.say(type="join", room=two.room(1), sender=f"p{number}")
     await until(lambda: two[0].passing.stats()["moves_waiting"] == 100)
