@@ -866,7 +866,7 @@ cdef class Connection(WSListener):
         self._flush()
         if self.diverted != WAIT or self.parts_count or self.has_closed or not self._is_quiet():
             return None
-        self.is_still = True
+        self.is_still = self.is_copied = True
         if not self.is_paused:
             self.is_paused = True
             self.relay.edge.pause(self)
@@ -892,7 +892,6 @@ cdef class Connection(WSListener):
     def stay(self):
         """It is not moved after all. The other process may have its descriptor for a while yet."""
         self.is_still = False
-        self.is_copied = True
         if self.waiting_to - self.waiting_from <= WAITING_BYTES and not self.is_postponed:
             self._unpause()
 

@@ -213,12 +213,14 @@ class Standing(Struct, frozen=True):
 class Live(Struct, frozen=True):
     """A connection in the midst of its first join, which is identified and authorized, and not decided.
 
-    `id`: of the join message. `grant`: what the token in it grants, None without. `decision`: the webhook's.
+    `until`: it is to be decided by then (monotonic seconds). `id`: of the join message. `grant`: what the token in it
+    grants, None without. `decision`: the webhook's.
     """
 
     packed: Packed
     standing: Standing
     join: Join
+    until: float
     id: str | None
     grant: Grant | None
     decision: Decision | None

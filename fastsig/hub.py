@@ -690,9 +690,7 @@ class Hub:
     def tick(self, now: float) -> None:
         """Answer those who have waited too long. Call a few times a second."""
         for number, request in list(self._requests.items()):
-            if now < request.until:
-                break
-            if number in self._requests:  # what waited behind another one may have ended it
+            if now >= request.until and number in self._requests:  # what waited behind another one may have ended it
                 self._give_up(self._withdraw(number), "backend_unavailable")
         for number, kick in list(self._kicks.items()):
             if now < kick.until:
@@ -718,7 +716,7 @@ class Hub:
             return None
         grant = None if request.grant is grant_of(connection) else request.grant
         standing = self.admission.pack(connection)
-        return Live(Packed(**packed), standing, join, request.id, grant, request.decision)
+        return Live(Packed(**packed), standing, join, request.until, request.id, grant, request.decision)
 
     def trace_move(self, request: Request) -> str | None:
         """The traceparent to go on with in the other worker, where there is one."""
@@ -752,6 +750,7 @@ class Hub:
         )  # fmt: skip
         request.grant = grant_of(connection) if live.grant is None else live.grant
         request.decision = live.decision
+        request.until = live.until
         request.join = msgspec.structs.replace(join, request=request.number)
         self._enter(request)
         return request

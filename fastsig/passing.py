@@ -20,6 +20,7 @@ import asyncio
 import itertools
 import os
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from typing import Final, NamedTuple, Protocol
 
@@ -31,12 +32,14 @@ from .connection import Door, Handshake, descriptor_limits
 from .entrance import Guest
 from .errors import CloseCode
 from .hub import Hub, Request
+from .protocol import Departure, GoAway
 
 _RESULTS: Final = {"declined": "refused", "silent": "taken_back", "lost": "taken_back"}
 
 _log = logs.get("fastsig.passing")
 
 ANSWER_S: Final = 0.25  # then it is served here (ARCHITECTURE §1)
+READ_S: Final = 0.005
 OFFERS: Final = 64  # undecided at once; of passed ones what is above is served where it was accepted, moves wait
 OFFERED: Final = 1024  # the same on the other side, over all workers
 PATIENCE_S: Final = 1.0  # of a connection that waits until it may be offered
@@ -69,6 +72,7 @@ class Passing:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, relay: Relay, hub: Hub, door: Door, *, may_move: bool) -> None:
         self.arrived: list[int] = []  # the descriptors of the packet that is being read
+        self.on_late: Callable[[Connection], None] = _nobody_waits  # hears of one that comes when all are to go
         self._loop = loop
         self._relay = relay
         self._hub = hub
@@ -92,6 +96,8 @@ class Passing:
     def configure(self, *, may_move: bool) -> None:
         """`server.moves`."""
         self._hub.mover = self if may_move and self._unread_at is not None else None
+        while self._queue and self._hub.mover is None:
+            self._queue.popleft().stay("unfit")
 
     def stats(self) -> dict[str, int]:
         """How long its tables are, by name."""
@@ -175,9 +181,14 @@ class Passing:
         if not owner.say_now(encode(offer), (offered.fileno(),)):
             return False
         faults.point("offer-said")
-        timer = self._loop.call_later(ANSWER_S, self._on_silence, offer.request)
+        timer = self._loop.call_later(ANSWER_S, self._on_time_out, offer.request)
         self._offers[offer.request] = (owner, offered, timer)
         return True
+
+    def _on_time_out(self, number: int) -> None:
+        """If it was we who stood still, the answer is there, and is read now."""
+        owner, offered, _ = self._offers[number]
+        self._offers[number] = (owner, offered, self._loop.call_later(READ_S, self._on_silence, number))
 
     def _on_silence(self, number: int) -> None:
         owner = self._offers[number][0]
@@ -197,7 +208,7 @@ class Passing:
             faults.point("let-go")
             return
         else:
-            self._serve_here(word.request, "declined")
+            self._serve_here(word.request, "lost" if word.is_willing else "declined")
         if word.is_willing:
             owner.say(encode(Confirm(word.request, is_yours=False)))
 
@@ -267,7 +278,9 @@ class Passing:
         faults.point("adopted")
         self._hub.adopt(request)
         if not self._door.is_ready:  # a drain has begun on the way, and does not know of it
+            request.connection.send(GoAway(payload=Departure("drain", "reconnect", (0, 0))).encode())
             request.connection.send_close(CloseCode.DRAIN)
+            self.on_late(request.connection)
         faults.point("joined")
 
 
@@ -316,6 +329,10 @@ class _Departure:
         """It is not offered any more; `result`: why."""
         if self._hub.is_undecided(self.request):
             self._hub.stay(self.request, self.owner, result)
+
+
+def _nobody_waits(connection: Connection) -> None:
+    """For its end."""
 
 
 def _decline(given: _Given) -> None:

@@ -176,6 +176,7 @@ class Worker:
         self.door.credentials = self._credentials
         self.door.admission = self.hub.admission
         self._passing = Passing(loop, self.relay, self.hub, self.door, may_move=boot.config.server.moves)
+        self._passing.on_late = self._on_late
         self._tracer = _tracer(boot.config, place)
         self.hub.tracer = self.door.tracer = self._tracer
         self._mesh = Mesh(loop, self)
@@ -488,6 +489,9 @@ class Worker:
         self.door.is_ready = False
         self.hub.rooms.is_draining = True
         self._leaving = [connection for connection in self.relay.all_connections() if not connection.is_shaking]
+
+    def _on_late(self, connection: Connection) -> None:
+        self._leaving.append(connection)
 
     def _is_anybody_here(self) -> bool:
         """Of the peers; each is looked at until it is gone, then never again."""

@@ -1,4 +1,4 @@
-"""Defects of moves, one test each: what a review found by asking what may come between any two steps."""
+"""What may come between any two steps of a move, and on whose side: one test for each that once went wrong."""
 
 import asyncio
 import os
@@ -208,8 +208,8 @@ async def test_trace_of_one_whose_hand_over_cannot_be_said_is_not_of_one_that_mo
     two[0].release()
     go_on()
     assert (await there.hear())["type"] == "joined"
-    assert two[0].moves() == {"refused": 1}
-    assert [span for span in spans() if span[0] == "move"] == [("move", "refused")]
+    assert two[0].moves() == {"taken_back": 1}
+    assert [span for span in spans() if span[0] == "move"] == [("move", "taken_back")]
     there.close()
 
 
