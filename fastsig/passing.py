@@ -7,8 +7,8 @@ hands: with the descriptor goes all that is known of it (`bus_messages.Live`). N
 
 Invariant: at no time do two processes read or write one connection. The other worker touches it only after `Confirm`,
 which the offering one sends only while it still holds the connection as it was when it was offered. So an answer that
-comes too late, or never, is harmless: the connection is served where it is, and whatever the fate of the way between
-the two, it is never unknown to the offering one whose the connection is. It is passed on or moved once. A worker that
+comes too late, or never, is harmless: the connection is served where it is. If that word is lost, with the way between
+the two, nobody serves it: it ends, and its client comes back. It is passed on or moved once. A worker that
 owes an answer for longer than `ANSWER_S` is offered nothing more until it gives it: what lies in its queue is a copy
 that keeps a connection open, and one of the descriptors that this user may have on their way.
 
