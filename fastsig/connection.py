@@ -294,6 +294,7 @@ class Door:
         self.credentials: Credentials | None = None
         self.is_ready = True
         self._beginning: dict[asyncio.Task[Any], tuple[socket.socket, Guest]] = {}
+        self._adopting: set[asyncio.Task[Any]] = set()  # of them
 
     def configure(self, config: Config) -> None:
         """What reloads."""
@@ -339,15 +340,23 @@ class Door:
 
     def adopt(self, fd: int, guest: Guest, adopted: Adopted) -> None:
         """Serve a connection that another worker has served; takes the descriptor over. It ends where that fails."""
-        self._begin(fd, guest, lambda: adopted)
+        task = self._begin(fd, guest, lambda: adopted)
+        self._adopting.add(task)
+        task.add_done_callback(self._adopting.discard)
 
-    def _begin(self, fd: int, guest: Guest, protocol: Callable[[], asyncio.BaseProtocol]) -> None:
+    @property
+    def is_adopting(self) -> bool:
+        """Is one on its way that is not among the connections yet?"""
+        return bool(self._adopting)
+
+    def _begin(self, fd: int, guest: Guest, protocol: Callable[[], asyncio.BaseProtocol]) -> "asyncio.Task[Any]":
         loop = asyncio.get_running_loop()
         end = socket.socket(fileno=fd)
         end.setblocking(False)
         task = loop.create_task(loop.connect_accepted_socket(protocol, end))
         self._beginning[task] = (end, guest)
         task.add_done_callback(self._on_begun)
+        return task
 
     def _on_begun(self, task: "asyncio.Task[Any]") -> None:
         end, guest = self._beginning.pop(task)

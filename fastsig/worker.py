@@ -497,7 +497,7 @@ class Worker:
         """Of the peers; each is looked at until it is gone, then never again."""
         while self._leaving and self._leaving[-1].transport is None:
             self._leaving.pop()
-        return bool(self._leaving)
+        return bool(self._leaving) or self.door.is_adopting
 
     async def _close_all(self, stop: Stop) -> None:
         for acceptor in self._acceptors.values():

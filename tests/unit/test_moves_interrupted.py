@@ -328,3 +328,21 @@ async def test_limits_that_are_reloaded_on_the_way_hold_for_it(monkeypatch: pyte
         answers = [(await there.hear())["type"] for _ in range(20)]
         assert "error" in answers
         there.close()
+
+
+async def test_one_that_comes_to_a_home_that_drains_is_told_to_go_and_waited_for(two: Homes) -> None:
+    there = await joining(two)
+    two[1].hear_one()
+    await until(lambda: two[1].held)
+    two[1].door.is_ready = False
+    two[1].hub.rooms.is_draining = True
+    late: list[Connection] = []
+    two[1].passing.on_late = late.append
+    two[1].hear_one()
+    assert two[1].door.is_adopting
+    assert (await there.hear())["code"] == "draining"
+    assert (await there.hear())["payload"] == {"reason": "drain", "action": "reconnect", "delay_ms": [0, 0]}
+    assert await there.close_code() == CloseCode.DRAIN
+    assert len(late) == 1
+    await until(lambda: not two[1].door.is_adopting)
+    there.close()
