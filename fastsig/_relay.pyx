@@ -1770,8 +1770,8 @@ cdef class Neighbour:
         self.say(word)
 
     def say_now(self, bytes word not None, fds):
-        """One word, mostly with descriptors (duplicates of them). False when the link does not take it at once, or takes
-        nothing any more: unsaid then."""
+        """One word, mostly with descriptors (duplicates of them). False, and unsaid, when the link does not take it at
+        once, or takes nothing any more."""
         cdef size_t n = PyBytes_GET_SIZE(word)
         if self.link is None or self.is_blocked:
             return False
