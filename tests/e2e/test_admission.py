@@ -30,6 +30,7 @@ from tests.e2e.conftest import START_S, Server, until
 from tests.e2e.issuer import Issuer, Webhook
 
 ROOMS = 8  # that two members of each are everywhere at the same of two workers is as likely as 2^-8
+ROUNDS = 8  # of so many rooms, at most
 FILES: tuple[tokens.KeyType, ...] = ("hs256", "rs256", "es256", "ed25519")
 SECRET = "0123456789abcdef0123456789abcdef"
 PASSED = 'handshakes_total{result="passed"}'
@@ -299,10 +300,17 @@ async def test_client_with_a_token_function_stays_in_the_room_over_the_ends_of_i
 
 
 async def in_rooms(server: Server, play: Callable[[str], Any]) -> None:
-    """In many rooms at once; in some of them somebody is elsewhere."""
+    """In many rooms at once; in some of them somebody is elsewhere.
+
+    Those are who was passed on for another room: the others move to their room when they join it. One in four is such
+    a one, so with the usual 8 rooms nobody is, one time in ten.
+    """
     relayed = counted(server, TO_OWNER)
-    await asyncio.gather(*(play(uuid.uuid4().hex) for _ in range(ROOMS)))
-    assert counted(server, TO_OWNER) > relayed
+    for _ in range(ROUNDS):
+        await asyncio.gather(*(play(uuid.uuid4().hex) for _ in range(ROOMS)))
+        if counted(server, TO_OWNER) > relayed:
+            return
+    pytest.fail("nobody was ever elsewhere")
 
 
 def anywhere(server: Server) -> contextlib.AbstractAsyncContextManager[Peer]:
