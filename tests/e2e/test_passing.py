@@ -75,7 +75,11 @@ async def test_members_of_a_room_that_they_name_are_all_at_home_there(many: Serv
             await one.recv()
             await other.send(json.dumps({"type": "offer", "room": room, "recipient": "one"}))
             assert json.loads(await one.recv())["type"] == "offer"
-        await until_counted(many, members=2 * len(ROOMS), remote_members=0, **{TO_OWNER: 0})
+        await until_counted(many, members=2 * len(ROOMS))
+        # On a busy machine an owner may be asked in vain for longer than it is waited for, also at the join.
+        taken_back = counted(many, 'moves_total{result="taken_back"}')
+        assert counted(many, "remote_members") == taken_back
+        assert taken_back or not counted(many, TO_OWNER)
         assert 0 < counted(many, PASSED) < 2 * len(ROOMS)
     await until_counted(many, connections=0, members=0, rooms=0)
 
